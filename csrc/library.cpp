@@ -1,0 +1,33 @@
+// The schemas of torch.ops.flatten, and nothing else. Kernels are registered beside them:
+// cpu/attention.cpp, cuda/attention.cpp, and flatten_ext/_registrations.py for torch's own hooks.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(flatten, m) {
+  // The three operators people call.
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, int num_heads, Tensor? scale=None, Tensor? key_bias=None, "
+      "Tensor? dwc_weight=None, Tensor? dwc_bias=None, SymInt[]? size=None, SymInt[]? window=None, "
+      "SymInt[]? shift=None, float focusing_factor=3.0, float eps=1e-6) -> Tensor");
+  m.def(
+      "linear_attention(Tensor q, Tensor k, Tensor v, int num_heads, Tensor? dwc_weight=None, "
+      "Tensor? dwc_bias=None, SymInt[]? size=None, SymInt[]? window=None, SymInt[]? shift=None, "
+      "float eps=1e-6) -> Tensor");
+  m.def(
+      "depthwise_conv(Tensor x, Tensor weight, Tensor? bias, SymInt[] size, SymInt[]? window=None, "
+      "SymInt[]? shift=None) -> Tensor");
+
+  // What autograd calls. A focusing_factor of None means features that are mapped already; `state` holds
+  // S and m of every window and head, empty unless save_state. A backward returns one gradient for each
+  // true entry of output_mask, in the order of the tensor arguments.
+  m.def(
+      "attention_forward(Tensor q, Tensor k, Tensor v, int num_heads, Tensor? scale, Tensor? key_bias, "
+      "Tensor? dwc_weight, Tensor? dwc_bias, SymInt[]? size, SymInt[]? window, SymInt[]? shift, "
+      "float? focusing_factor, float eps, bool save_state) -> (Tensor out, Tensor state)");
+  m.def(
+      "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, int num_heads, Tensor? scale, "
+      "Tensor? key_bias, Tensor? dwc_weight, Tensor? dwc_bias, SymInt[]? size, SymInt[]? window, "
+      "SymInt[]? shift, float? focusing_factor, float eps, Tensor state, bool[] output_mask) -> Tensor[]");
+  m.def(
+      "depthwise_conv_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, SymInt[] size, "
+      "SymInt[]? window, SymInt[]? shift, bool[] output_mask) -> Tensor[]");
+}

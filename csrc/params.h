@@ -1,0 +1,147 @@
+// What a kernel is told: plain sizes, strides and pointers. No torch, no CUDA, no std beyond <cstdint>,
+// so that kernels compile in seconds and can be driven from any host.
+#pragma once
+
+#include <cstdint>
+
+namespace flatten {
+
+enum class Dtype : std::int32_t { kFloat64, kFloat32, kBFloat16, kFloat16 };
+
+/// Sums, norms, S, m and the taps accumulate in float; in double for double inputs.
+constexpr Dtype accumulate_dtype(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+}
+
+constexpr std::int64_t element_size(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
+
+/// A (batch, token, channel) tensor in the call's dtype; channels are adjacent, strides count elements
+/// and may be 0 (expanded) or negative-free arbitrary otherwise.
+struct Tokens {
+  const void* data = nullptr;
+  std::int64_t batch_stride = 0;
+  std::int64_t token_stride = 0;
+};
+
+/// The same, written to.
+struct MutableTokens {
+  void* data = nullptr;
+  std::int64_t batch_stride = 0;
+  std::int64_t token_stride = 0;
+};
+
+/// A contiguous parameter in its own dtype; `data` is null when the argument was None.
+struct Parameter {
+  const void* data = nullptr;
+  Dtype dtype = Dtype::kFloat32;
+  explicit operator bool() const { return data != nullptr; }
+};
+
+/// A contiguous gradient in its parameter's dtype; `data` is null when nobody asked for it.
+struct MutableParameter {
+  void* data = nullptr;
+  Dtype dtype = Dtype::kFloat32;
+  explicit operator bool() const { return data != nullptr; }
+};
+
+/// How tokens lie on the map and in windows.
+///
+/// Tokens are stored in raster order: `prefix` tokens that are outside the map, then map_h * map_w
+/// tokens row by row. Without `size` the map is 1 x keys. Without `window` there is one window, the
+/// whole map plus the prefix; it is also the only case where `queries` may differ from `keys`.
+/// Position (y, x) of window (wy, wx) is the map token
+/// ((wy * window_h + y + shift_h) % map_h, (wx * window_w + x + shift_w) % map_w).
+/// The shift may be nonzero with a single window too: then the window is the rolled map.
+struct Geometry {
+  std::int64_t batch = 0;
+  std::int64_t queries = 0;  // N
+  std::int64_t keys = 0;     // M
+  std::int64_t prefix = 0;   // P, 0 with several windows
+  std::int64_t map_h = 1, map_w = 1;
+  std::int64_t window_h = 1, window_w = 1;
+  std::int64_t shift_h = 0, shift_w = 0;
+  std::int64_t heads = 1, head_dim = 1;
+
+  constexpr std::int64_t channels() const { return heads * head_dim; }
+  constexpr std::int64_t windows_h() const { return map_h / window_h; }
+  constexpr std::int64_t windows_w() const { return map_w / window_w; }
+  constexpr std::int64_t windows() const { return windows_h() * windows_w(); }
+  /// Keys one window attends over: the mean's M, and the rows of key_bias.
+  constexpr std::int64_t window_keys() const { return windows() > 1 ? window_h * window_w : keys; }
+  constexpr std::int64_t window_queries() const {
+    return windows() > 1 ? window_h * window_w : queries;
+  }
+};
+
+/// The depthwise branch: weight (D, 1, kernel_h, kernel_w) shared by the heads, or (C, 1, kernel_h,
+/// kernel_w), and bias (D,) or (C,). Absent when weight.data is null.
+struct Taps {
+  Parameter weight;
+  Parameter bias;
+  std::int64_t kernel_h = 0, kernel_w = 0;  // odd
+  bool per_channel = false;
+  explicit operator bool() const { return static_cast<bool>(weight); }
+};
+
+/// phi_p of the queries and keys (DESIGN: y = (relu(x) + eps) / scale, phi = y^p |y| / |y^p|), or none
+/// (`linear_attention`: the caller mapped them already; scale and key_bias are then absent).
+struct Mapping {
+  bool focused = true;
+  double focusing_factor = 3.0;
+  Parameter scale;     // (C,), positive
+  Parameter key_bias;  // (window_keys, C)
+};
+
+/// flatten::attention and flatten::linear_attention.
+struct AttentionForward {
+  Geometry geometry;
+  Dtype dtype = Dtype::kFloat32;
+  Mapping mapping;
+  double eps = 1e-6;
+  Taps taps;
+  Tokens query, key, value;
+  MutableTokens out;
+  /// Where to leave S and m for the backward pass, in the accumulate dtype, or null:
+  /// state_elements() numbers whose layout is the device's own.
+  void* state = nullptr;
+};
+
+/// batch * windows * (head_dim + 1) * channels: one D x D block and one mean per head.
+constexpr std::int64_t state_elements(const Geometry& g) {
+  return g.batch * g.windows() * (g.head_dim + 1) * g.channels();
+}
+
+/// Gradients of the above; each output is null when nobody asked for it.
+struct AttentionBackward {
+  Geometry geometry;
+  Dtype dtype = Dtype::kFloat32;
+  Mapping mapping;
+  double eps = 1e-6;
+  Taps taps;
+  Tokens query, key, value, grad_out;
+  const void* state = nullptr;  // null: recompute S and m
+  MutableTokens grad_query, grad_key, grad_value;
+  MutableParameter grad_scale, grad_key_bias, grad_weight, grad_bias;
+};
+
+/// flatten::depthwise_conv: taps over x on the map, per window; prefix tokens give 0.
+struct ConvForward {
+  Geometry geometry;  // queries == keys
+  Dtype dtype = Dtype::kFloat32;
+  Taps taps;
+  Tokens x;
+  MutableTokens out;
+};
+
+struct ConvBackward {
+  Geometry geometry;
+  Dtype dtype = Dtype::kFloat32;
+  Taps taps;
+  Tokens x, grad_out;
+  MutableTokens grad_x;
+  MutableParameter grad_weight, grad_bias;
+};
+
+}  // namespace flatten
