@@ -18,7 +18,7 @@ constexpr std::int64_t element_size(Dtype dtype) {
 }
 
 /// A (batch, token, channel) tensor in the call's dtype; channels are adjacent, strides count elements
-/// and may be 0 (expanded) or negative-free arbitrary otherwise.
+/// 0 where the tensor was expanded.
 struct Tokens {
   const void* data = nullptr;
   std::int64_t batch_stride = 0;
@@ -94,14 +94,17 @@ struct Mapping {
   Parameter key_bias;  // (window_keys, C)
 };
 
-/// flatten::attention and flatten::linear_attention.
-struct AttentionForward {
+/// What flatten::attention and flatten::linear_attention read, forward and backward.
+struct AttentionInputs {
   Geometry geometry;
   Dtype dtype = Dtype::kFloat32;
   Mapping mapping;
   double eps = 1e-6;
   Taps taps;
   Tokens query, key, value;
+};
+
+struct AttentionForward : AttentionInputs {
   MutableTokens out;
   /// Where to leave S and m for the backward pass, in the accumulate dtype, or null:
   /// state_elements() numbers whose layout is the device's own.
@@ -113,33 +116,28 @@ constexpr std::int64_t state_elements(const Geometry& g) {
   return g.batch * g.windows() * (g.head_dim + 1) * g.channels();
 }
 
-/// Gradients of the above; each output is null when nobody asked for it.
-struct AttentionBackward {
-  Geometry geometry;
-  Dtype dtype = Dtype::kFloat32;
-  Mapping mapping;
-  double eps = 1e-6;
-  Taps taps;
-  Tokens query, key, value, grad_out;
+/// Each output is null when nobody asked for it.
+struct AttentionBackward : AttentionInputs {
+  Tokens grad_out;
   const void* state = nullptr;  // null: recompute S and m
   MutableTokens grad_query, grad_key, grad_value;
   MutableParameter grad_scale, grad_key_bias, grad_weight, grad_bias;
 };
 
-/// flatten::depthwise_conv: taps over x on the map, per window; prefix tokens give 0.
-struct ConvForward {
+/// What flatten::depthwise_conv reads: taps over x on the map, per window; prefix tokens give 0.
+struct ConvInputs {
   Geometry geometry;  // queries == keys
   Dtype dtype = Dtype::kFloat32;
   Taps taps;
   Tokens x;
+};
+
+struct ConvForward : ConvInputs {
   MutableTokens out;
 };
 
-struct ConvBackward {
-  Geometry geometry;
-  Dtype dtype = Dtype::kFloat32;
-  Taps taps;
-  Tokens x, grad_out;
+struct ConvBackward : ConvInputs {
+  Tokens grad_out;
   MutableTokens grad_x;
   MutableParameter grad_weight, grad_bias;
 };
