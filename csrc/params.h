@@ -17,7 +17,7 @@ constexpr std::int64_t element_size(Dtype dtype) {
   return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
 }
 
-/// A (batch, token, channel) tensor in the call's dtype; channels are adjacent, strides count elements
+/// A (batch, token, channel) tensor in the call's dtype; channels are adjacent. Strides count elements,
 /// 0 where the tensor was expanded.
 struct Tokens {
   const void* data = nullptr;
@@ -70,9 +70,7 @@ struct Geometry {
   constexpr std::int64_t windows() const { return windows_h() * windows_w(); }
   /// Keys one window attends over: the mean's M, and the rows of key_bias.
   constexpr std::int64_t window_keys() const { return windows() > 1 ? window_h * window_w : keys; }
-  constexpr std::int64_t window_queries() const {
-    return windows() > 1 ? window_h * window_w : queries;
-  }
+  constexpr std::int64_t window_queries() const { return windows() > 1 ? window_h * window_w : queries; }
 };
 
 /// The depthwise branch: weight (D, 1, kernel_h, kernel_w) shared by the heads, or (C, 1, kernel_h,

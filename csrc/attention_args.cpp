@@ -1,0 +1,291 @@
+#include "attention_args.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+#include <sstream>
+#include <stdexcept>
+
+#include "outputs.h"
+
+namespace flatten {
+namespace {
+
+using torch::headeronly::ScalarType;
+using Sizes = std::vector<std::int64_t>;
+
+/// "float32", as torch.float32 prints.
+std::string show(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    default:
+      return toString(dtype);
+  }
+}
+
+/// "(2, 49, 96)"
+std::string show(const Sizes& sizes) {
+  std::ostringstream text;
+  text << '(';
+  for (std::size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];
+  text << (sizes.size() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+Sizes shape_of(const Tensor& t) {
+  Sizes sizes(t.dim());
+  for (std::size_t i = 0; i < sizes.size(); ++i) sizes[i] = t.size(static_cast<std::int64_t>(i));
+  return sizes;
+}
+
+std::string show_device(const Tensor& t) {
+  const auto device = t.device();
+  const bool known = device.is_cpu() || device.is_cuda();
+  const std::string name =
+      known ? (device.is_cpu() ? "cpu" : "cuda") : "device type " + std::to_string(int(device.type()));
+  return device.has_index() ? name + ":" + std::to_string(int(device.index())) : name;
+}
+
+/// Collects the operator's name once, so that each check is one line: expect(cond, "what", values...).
+struct Checker {
+  const char* op;
+
+  template <class... Parts>
+  void expect(bool condition, const Parts&... parts) const {
+    if (condition) return;
+    std::ostringstream message;
+    message << "flatten." << op << ": ";
+    (message << ... << parts);
+    throw std::runtime_error(message.str());
+  }
+
+  void dtype(const char* name, const Tensor& t, const Tensor& q, const char* q_name) const {
+    expect(t.scalar_type() == q.scalar_type(), name, " has dtype ", show(t.scalar_type()), ", expected ",
+           q_name, "'s ", show(q.scalar_type()));
+  }
+
+  void device(const char* name, const Tensor& t, const Tensor& q, const char* q_name) const {
+    expect(t.device() == q.device(), name, " is on ", show_device(t), ", expected ", q_name, "'s device ",
+           show_device(q));
+    expect(t.layout() == torch::headeronly::Layout::Strided, name, " is not a dense strided tensor");
+  }
+
+  /// (batch, tokens, channels) tokens in a dtype the kernels have.
+  Dtype tokens(const char* name, const Tensor& t) const {
+    expect(t.layout() == torch::headeronly::Layout::Strided, name, " is not a dense strided tensor");
+    expect(t.dim() == 3, name, " has shape ", show(shape_of(t)),
+           ", expected 3 dimensions (batch, tokens, channels)");
+    switch (t.scalar_type()) {
+      case ScalarType::Double:
+        return Dtype::kFloat64;
+      case ScalarType::Float:
+        return Dtype::kFloat32;
+      case ScalarType::BFloat16:
+        return Dtype::kBFloat16;
+      case ScalarType::Half:
+        return Dtype::kFloat16;
+      default:
+        expect(false, name, " has dtype ", show(t.scalar_type()),
+               ", expected float32, float16, bfloat16 or float64");
+    }
+    return Dtype::kFloat32;  // not reached
+  }
+
+  /// A parameter of one given shape, fp32 or in q's dtype, on q's device; contiguous after the call.
+  Parameter parameter(const char* name, Tensor& t, const Sizes& expected, const Tensor& q,
+                      Dtype dtype) const {
+    expect(shape_of(t) == expected, name, " has shape ", show(shape_of(t)), ", expected ", show(expected));
+    return parameter_of_any_shape(name, t, q, dtype);
+  }
+
+  Parameter parameter_of_any_shape(const char* name, Tensor& t, const Tensor& q, Dtype dtype) const {
+    device(name, t, q, "q");
+    const bool own = t.scalar_type() == q.scalar_type();
+    const bool widened = t.scalar_type() == ScalarType::Float && dtype != Dtype::kFloat64;
+    expect(own || widened, name, " has dtype ", show(t.scalar_type()), ", expected ", show(q.scalar_type()),
+           dtype == Dtype::kFloat64 || dtype == Dtype::kFloat32 ? "" : " or float32");
+    if (!t.is_contiguous()) t = torch::stable::contiguous(t);
+    return {t.const_data_ptr(), own ? dtype : Dtype::kFloat32};
+  }
+
+  /// Two positive numbers, or two non-negative ones.
+  void pair(const char* name, const Sizes& value, std::int64_t least) const {
+    expect(value.size() == 2, name, " has ", value.size(), " numbers ", show(value),
+           ", expected 2 (height, width)");
+    expect(value[0] >= least && value[1] >= least, name, " is ", show(value),
+           ", expected numbers of at least ", least);
+  }
+
+  /// How the tokens tile the map and its windows.
+  void geometry(Geometry& g, const OptionalSize& size, const OptionalSize& window,
+                const OptionalSize& shift) const {
+    g.map_h = g.window_h = 1;
+    g.map_w = g.window_w = g.keys;
+    if (size) {
+      pair("size", *size, 1);
+      const std::int64_t h = (*size)[0], w = (*size)[1];
+      expect(h <= g.keys / w, "size ", show(*size), " has more positions than there are tokens (", g.keys,
+             ")");
+      g.prefix = g.keys - h * w;
+      g.map_h = g.window_h = h;
+      g.map_w = g.window_w = w;
+    }
+    if (window) {
+      expect(size.has_value(), "window ", show(*window), " was given without size");
+      pair("window", *window, 1);
+      g.window_h = (*window)[0];
+      g.window_w = (*window)[1];
+      expect(g.map_h % g.window_h == 0 && g.map_w % g.window_w == 0, "window ", show(*window),
+             " does not divide size ", show(*size));
+      expect(g.queries == g.keys, "window ", show(*window), " needs as many queries as keys, got ", g.queries,
+             " and ", g.keys);
+      expect(g.prefix == 0, "window ", show(*window), " allows no prefix tokens, but size ", show(*size),
+             " leaves ", g.prefix, " of ", g.keys, " tokens outside the map");
+    }
+    if (shift) {
+      expect(window.has_value(), "shift ", show(*shift), " was given without window");
+      pair("shift", *shift, 0);
+      g.shift_h = (*shift)[0];
+      g.shift_w = (*shift)[1];
+      expect(g.shift_h < g.window_h && g.shift_w < g.window_w, "shift ", show(*shift),
+             " is not smaller than window ", show(*window));
+    }
+  }
+
+  /// The depthwise kernel and its bias. The names are the operator's own.
+  Taps taps(const char* weight_name, OptionalTensor& weight, const char* bias_name, OptionalTensor& bias,
+            const Geometry& g, bool has_size, const Tensor& q, Dtype dtype) const {
+    Taps taps;
+    if (!weight) {
+      expect(!bias, bias_name, " was given without ", weight_name);
+      return taps;
+    }
+    expect(has_size, weight_name, " was given without size");
+    expect(g.queries == g.keys, weight_name, " needs as many queries as keys, got ", g.queries, " and ",
+           g.keys);
+    const Sizes shape = shape_of(*weight);
+    expect(shape.size() == 4 && shape[1] == 1 && (shape[0] == g.head_dim || shape[0] == g.channels()),
+           weight_name, " has shape ", show(shape), ", expected (", g.head_dim,
+           ", 1, kh, kw) shared by the heads or (", g.channels(), ", 1, kh, kw)");
+    expect(shape[2] % 2 == 1 && shape[3] % 2 == 1, weight_name, " has shape ", show(shape),
+           ", expected an odd kernel height and width");
+    taps.kernel_h = shape[2];
+    taps.kernel_w = shape[3];
+    taps.per_channel = shape[0] != g.head_dim;
+    taps.weight = parameter_of_any_shape(weight_name, *weight, q, dtype);
+    if (bias) taps.bias = parameter(bias_name, *bias, {shape[0]}, q, dtype);
+    return taps;
+  }
+};
+
+/// Channels adjacent: as it is, or contiguous.
+Tokens readable(Tensor& t) {
+  if (t.stride(2) != 1 && t.size(2) != 1) t = torch::stable::contiguous(t);
+  return {t.const_data_ptr(), t.stride(0), t.stride(1)};
+}
+
+}  // namespace
+
+void check(AttentionArgs& args, AttentionInputs& in) {
+  const bool focused = args.focusing_factor.has_value();
+  const Checker check{focused ? "attention" : "linear_attention"};
+
+  in.dtype = check.tokens("q", args.q);
+  check.tokens("k", args.k);
+  check.tokens("v", args.v);
+  for (auto [name, t] : {std::pair<const char*, Tensor*>{"k", &args.k}, {"v", &args.v}}) {
+    check.device(name, *t, args.q, "q");
+    check.dtype(name, *t, args.q, "q");
+  }
+  Geometry& g = in.geometry;
+  g.batch = args.q.size(0);
+  g.queries = args.q.size(1);
+  g.keys = args.k.size(1);
+  const std::int64_t channels = args.q.size(2);
+  check.expect(channels >= 1, "q has shape ", show(shape_of(args.q)), ", expected at least one channel");
+  check.expect(g.keys >= 1, "k has shape ", show(shape_of(args.k)), ", expected at least one key");
+  check.expect(shape_of(args.k) == Sizes{g.batch, g.keys, channels}, "k has shape ", show(shape_of(args.k)),
+               ", expected (", g.batch, ", M, ", channels, ") to go with q ", show(shape_of(args.q)));
+  check.expect(shape_of(args.v) == shape_of(args.k), "v has shape ", show(shape_of(args.v)),
+               ", expected k's ", show(shape_of(args.k)));
+  check.expect(args.num_heads >= 1 && channels % args.num_heads == 0, "num_heads is ", args.num_heads,
+               ", expected a positive divisor of the ", channels, " channels");
+  g.heads = args.num_heads;
+  g.head_dim = channels / args.num_heads;
+
+  check.geometry(g, args.size, args.window, args.shift);
+  in.taps = check.taps("dwc_weight", args.dwc_weight, "dwc_bias", args.dwc_bias, g, args.size.has_value(),
+                       args.q, in.dtype);
+  check.expect(std::isfinite(args.eps) && args.eps >= 0, "eps is ", args.eps,
+               ", expected a finite number >= 0");
+  in.eps = args.eps;
+  in.mapping.focused = focused;
+  if (focused) {
+    check.expect(std::isfinite(*args.focusing_factor) && *args.focusing_factor >= 1, "focusing_factor is ",
+                 *args.focusing_factor, ", expected a finite number >= 1");
+    in.mapping.focusing_factor = *args.focusing_factor;
+    if (args.scale) in.mapping.scale = check.parameter("scale", *args.scale, {channels}, args.q, in.dtype);
+    if (args.key_bias) {
+      in.mapping.key_bias =
+          check.parameter("key_bias", *args.key_bias,
+                          {args.window ? g.window_h * g.window_w : g.keys, channels}, args.q, in.dtype);
+    }
+  } else {
+    check.expect(!args.scale && !args.key_bias,
+                 "scale and key_bias belong to the focused mapping, expected None without focusing_factor");
+  }
+  in.query = readable(args.q);
+  in.key = readable(args.k);
+  in.value = readable(args.v);
+}
+
+void check(ConvArgs& args, ConvInputs& in) {
+  const Checker check{"depthwise_conv"};
+  in.dtype = check.tokens("x", args.x);
+  Geometry& g = in.geometry;
+  g.batch = args.x.size(0);
+  g.queries = g.keys = args.x.size(1);
+  const std::int64_t channels = args.x.size(2);
+  check.expect(channels >= 1 && g.keys >= 1, "x has shape ", show(shape_of(args.x)),
+               ", expected at least one token and one channel");
+  check.expect(args.weight && args.weight->dim() == 4 && args.weight->size(0) >= 1 &&
+                   channels % args.weight->size(0) == 0,
+               "weight has shape ", args.weight ? show(shape_of(*args.weight)) : "()",
+               ", expected (D, 1, kh, kw) with D dividing the ", channels, " channels of x");
+  // A kernel of D < C filters is shared by C / D heads.
+  g.head_dim = args.weight->size(0);
+  g.heads = channels / g.head_dim;
+  check.geometry(g, args.size, args.window, args.shift);
+  in.taps = check.taps("weight", args.weight, "bias", args.bias, g, args.size.has_value(), args.x, in.dtype);
+  in.x = readable(args.x);
+}
+
+Tokens check_grad_out(const char* op, Tensor& grad_out, const Tensor& q) {
+  const Checker check{op};
+  check.tokens("grad_out", grad_out);
+  check.device("grad_out", grad_out, q, "the input");
+  check.dtype("grad_out", grad_out, q, "the input");
+  check.expect(shape_of(grad_out) == shape_of(q), "grad_out has shape ", show(shape_of(grad_out)),
+               ", expected ", show(shape_of(q)));
+  return readable(grad_out);
+}
+
+const void* check_state(const Tensor& state, const AttentionInputs& inputs) {
+  if (state.numel() == 0) return nullptr;
+  const Checker check{"attention_backward"};
+  const std::int64_t expected = state_elements(inputs.geometry);
+  check.expect(state.numel() == expected && state.is_contiguous() &&
+                   state.scalar_type() == scalar_type(accumulate_dtype(inputs.dtype)),
+               "state has ", state.numel(), " elements of ", show(state.scalar_type()),
+               ", expected what attention_forward returned: ", expected, " contiguous elements");
+  return state.const_data_ptr();
+}
+
+}  // namespace flatten

@@ -1,0 +1,51 @@
+// Tensors -> params.h: every check on the arguments and its message, once, for all devices and operators.
+// Compiled into each library, since torch's stable types are hidden symbols.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "params.h"
+
+namespace flatten {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using OptionalSize = std::optional<std::vector<std::int64_t>>;
+
+/// The arguments of flatten::attention as the dispatcher hands them over. Without a focusing_factor they
+/// are flatten::linear_attention's, whose features are mapped already.
+struct AttentionArgs {
+  Tensor q, k, v;
+  std::int64_t num_heads;
+  OptionalTensor scale, key_bias, dwc_weight, dwc_bias;
+  OptionalSize size, window, shift;
+  std::optional<double> focusing_factor;
+  double eps;
+};
+
+/// The arguments of flatten::depthwise_conv.
+struct ConvArgs {
+  Tensor x;
+  OptionalTensor weight, bias;
+  OptionalSize size, window, shift;
+};
+
+/// Checks everything there is to check without reading a tensor's values, then points `inputs` at the data.
+/// Throws std::runtime_error naming the operator, the argument, what was expected and what came. A layout no
+/// kernel reads (channels not adjacent, a parameter that is not contiguous) is replaced in `args` by a
+/// contiguous copy, so `args` must outlive `inputs`.
+void check(AttentionArgs& args, AttentionInputs& inputs);
+void check(ConvArgs& args, ConvInputs& inputs);
+
+/// The gradient of the output: q's (x's) shape, dtype and device; made contiguous in place if need be.
+Tokens check_grad_out(const char* op, Tensor& grad_out, const Tensor& q);
+
+/// The state a forward left: empty, or state_elements() numbers.
+const void* check_state(const Tensor& state, const AttentionInputs& inputs);
+
+}  // namespace flatten

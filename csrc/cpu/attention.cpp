@@ -1,0 +1,165 @@
+// The operators on the CPU: check, allocate, run the kernels of the instruction set in use.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "../attention_args.h"
+#include "../outputs.h"
+#include "kernels.h"
+
+namespace flatten::cpu {
+namespace {
+
+/// torch's thread pool, as the kernels see it.
+Parallel torch_threads() {
+  return {static_cast<int>(torch::stable::get_num_threads()),
+          [](std::int64_t count, void (*task)(std::int64_t, std::int64_t, void*), void* context) {
+            STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, task, context));
+          }};
+}
+
+/// The first entry that is not finite and positive, or -1. In every IEEE format those are the bit patterns
+/// between 0 and infinity, both excluded.
+template <class Bits>
+std::int64_t find_bad_divisor(const void* data, std::int64_t count, Bits infinity) {
+  const Bits* bits = static_cast<const Bits*>(data);
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (bits[i] == 0 || bits[i] >= infinity) return i;
+  }
+  return -1;
+}
+
+/// On the CPU the values of `scale` are at hand, so a divisor that is none is found before anything is
+/// computed.
+void check_scale_values(const AttentionInputs& in) {
+  const Parameter& scale = in.mapping.scale;
+  if (!scale) return;
+  const std::int64_t channels = in.geometry.channels();
+  std::int64_t bad = -1;
+  switch (scale.dtype) {
+    case Dtype::kFloat64:
+      bad = find_bad_divisor<std::uint64_t>(scale.data, channels, 0x7ff0000000000000);
+      break;
+    case Dtype::kFloat32:
+      bad = find_bad_divisor<std::uint32_t>(scale.data, channels, 0x7f800000);
+      break;
+    case Dtype::kBFloat16:
+      bad = find_bad_divisor<std::uint16_t>(scale.data, channels, 0x7f80);
+      break;
+    case Dtype::kFloat16:
+      bad = find_bad_divisor<std::uint16_t>(scale.data, channels, 0x7c00);
+      break;
+  }
+  if (bad >= 0) {
+    throw std::runtime_error("flatten.attention: scale[" + std::to_string(bad) +
+                             "] is zero, negative, infinite or NaN, expected finite positive numbers");
+  }
+}
+
+/// Runs the forward; returns the output and, if asked for, S and m.
+std::tuple<Tensor, Tensor> run_forward(AttentionArgs& args, bool save_state) {
+  AttentionForward forward;
+  check(args, forward);
+  check_scale_values(forward);
+  const Geometry& g = forward.geometry;
+  Tensor out = empty_on_device_of(args.q, {g.batch, g.queries, g.channels()}, forward.dtype);
+  Tensor state =
+      empty_on_device_of(args.q, {save_state ? state_elements(g) : 0}, accumulate_dtype(forward.dtype));
+  if (is_empty(g)) {
+    if (save_state) torch::stable::zero_(state);
+    return {std::move(out), std::move(state)};
+  }
+  forward.out = writable(out);
+  if (save_state) forward.state = state.mutable_data_ptr();
+  kernels().attention_forward(forward, torch_threads());
+  return {std::move(out), std::move(state)};
+}
+
+std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, std::int64_t num_heads,
+                                             OptionalTensor scale, OptionalTensor key_bias,
+                                             OptionalTensor dwc_weight, OptionalTensor dwc_bias,
+                                             OptionalSize size, OptionalSize window, OptionalSize shift,
+                                             std::optional<double> focusing_factor, double eps,
+                                             bool save_state) {
+  AttentionArgs args{q,        k,    v,      num_heads, scale,           key_bias, dwc_weight,
+                     dwc_bias, size, window, shift,     focusing_factor, eps};
+  return run_forward(args, save_state);
+}
+
+Tensor attention(Tensor q, Tensor k, Tensor v, std::int64_t num_heads, OptionalTensor scale,
+                 OptionalTensor key_bias, OptionalTensor dwc_weight, OptionalTensor dwc_bias,
+                 OptionalSize size, OptionalSize window, OptionalSize shift, double focusing_factor,
+                 double eps) {
+  AttentionArgs args{q,        k,    v,      num_heads, scale,           key_bias, dwc_weight,
+                     dwc_bias, size, window, shift,     focusing_factor, eps};
+  return std::get<0>(run_forward(args, /*save_state=*/false));
+}
+
+Tensor linear_attention(Tensor q, Tensor k, Tensor v, std::int64_t num_heads, OptionalTensor dwc_weight,
+                        OptionalTensor dwc_bias, OptionalSize size, OptionalSize window, OptionalSize shift,
+                        double eps) {
+  AttentionArgs args{q,        k,    v,      num_heads, {},           {}, dwc_weight,
+                     dwc_bias, size, window, shift,     std::nullopt, eps};
+  return std::get<0>(run_forward(args, /*save_state=*/false));
+}
+
+std::vector<Tensor> attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, std::int64_t num_heads,
+                                       OptionalTensor scale, OptionalTensor key_bias,
+                                       OptionalTensor dwc_weight, OptionalTensor dwc_bias, OptionalSize size,
+                                       OptionalSize window, OptionalSize shift,
+                                       std::optional<double> focusing_factor, double eps, Tensor state,
+                                       std::vector<bool> output_mask) {
+  AttentionArgs args{q,        k,    v,      num_heads, scale,           key_bias, dwc_weight,
+                     dwc_bias, size, window, shift,     focusing_factor, eps};
+  AttentionBackward backward;
+  check(args, backward);
+  check_scale_values(backward);
+  backward.grad_out = check_grad_out("attention_backward", grad_out, args.q);
+  backward.state = check_state(state, backward);
+  std::vector<Tensor> gradients = allocate_gradients(args, output_mask, backward);
+  if (!gradients.empty() && !is_empty(backward.geometry))
+    kernels().attention_backward(backward, torch_threads());
+  return gradients;
+}
+
+Tensor depthwise_conv(Tensor x, Tensor weight, OptionalTensor bias, std::vector<std::int64_t> size,
+                      OptionalSize window, OptionalSize shift) {
+  ConvArgs args{x, weight, bias, size, window, shift};
+  ConvForward forward;
+  check(args, forward);
+  const Geometry& g = forward.geometry;
+  Tensor out = empty_on_device_of(args.x, {g.batch, g.queries, g.channels()}, forward.dtype);
+  forward.out = writable(out);
+  if (!is_empty(g)) kernels().conv_forward(forward, torch_threads());
+  return out;
+}
+
+std::vector<Tensor> depthwise_conv_backward(Tensor grad_out, Tensor x, Tensor weight, OptionalTensor bias,
+                                            std::vector<std::int64_t> size, OptionalSize window,
+                                            OptionalSize shift, std::vector<bool> output_mask) {
+  ConvArgs args{x, weight, bias, size, window, shift};
+  ConvBackward backward;
+  check(args, backward);
+  backward.grad_out = check_grad_out("depthwise_conv_backward", grad_out, args.x);
+  std::vector<Tensor> gradients = allocate_gradients(args, output_mask, backward);
+  if (!gradients.empty() && !is_empty(backward.geometry)) kernels().conv_backward(backward, torch_threads());
+  return gradients;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(flatten, CPU, m) {
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("linear_attention", TORCH_BOX(&linear_attention));
+  m.impl("depthwise_conv", TORCH_BOX(&depthwise_conv));
+  m.impl("attention_forward", TORCH_BOX(&attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("depthwise_conv_backward", TORCH_BOX(&depthwise_conv_backward));
+}
+
+}  // namespace flatten::cpu

@@ -1,0 +1,29 @@
+// The tensors a call returns, and params.h pointing at them; for all devices.
+#pragma once
+
+#include "attention_args.h"
+
+namespace flatten {
+
+torch::headeronly::ScalarType scalar_type(Dtype dtype);
+
+/// Whether a call has no output element, so that no kernel runs.
+inline bool is_empty(const Geometry& g) { return g.batch == 0 || g.queries == 0; }
+
+/// An uninitialised contiguous tensor on `like`'s device.
+Tensor empty_on_device_of(const Tensor& like, const std::vector<std::int64_t>& sizes, Dtype dtype);
+
+/// Where to write a contiguous (batch, token, channel) tensor.
+MutableTokens writable(const Tensor& tokens);
+
+/// Uninitialised contiguous gradients of q, k, v, scale, key_bias, dwc_weight, dwc_bias where `mask` asks for
+/// them, in that order, with `params` pointing at them; zeros if the call is empty. Asking for the gradient
+/// of an argument that is None is an error.
+std::vector<Tensor> allocate_gradients(const AttentionArgs& args, const std::vector<bool>& mask,
+                                       AttentionBackward& params);
+
+/// The same for x, weight, bias.
+std::vector<Tensor> allocate_gradients(const ConvArgs& args, const std::vector<bool>& mask,
+                                       ConvBackward& params);
+
+}  // namespace flatten
