@@ -1,0 +1,275 @@
+"""Builds flatten_ext's shared libraries with ninja; everything declarative is in pyproject.toml.
+
+Three objects come out of csrc/:
+
+    flatten_ext/lib/libflatten.so        schemas and CPU kernels; no Python in it
+    flatten_ext/lib/libflatten_cuda.so   CUDA kernels; built when a CUDA compiler is found
+    flatten_ext/_C.*.so                  pybind11: loads the first, reports how it was built
+
+They use the LibTorch stable ABI only, so one build serves every torch from MINIMUM_TORCH on.
+
+Environment:
+    FLATTEN_WITH_CUDA=0|1    never build the CUDA library | fail when it cannot be built
+    TORCH_CUDA_ARCH_LIST     CUDA architectures, e.g. "8.0;9.0+PTX" (default: DEFAULT_CUDA_ARCHS)
+    CUDA_HOME                the CUDA toolkit (default: nvcc on PATH, then pip's nvidia-cuda-nvcc)
+    MAX_JOBS                 parallel compilations (default: one per core)
+    FLATTEN_SANITIZE=address instrument the CPU library, for tests/sanitizer.sh
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import setuptools
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+MINIMUM_TORCH = (2, 11)
+DEFAULT_CUDA_ARCHS = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+ISA_FLAGS = {
+    "isa_avx2": "-mavx2 -mfma -mf16c",
+    "isa_avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl",
+}
+
+
+@dataclass
+class CudaToolkit:
+    home: Path
+    nvcc: Path
+    includes: list[Path]
+    cudart: Path
+    version: str
+    archs: list[str]  # as in TORCH_CUDA_ARCH_LIST: "8.0", "9.0+PTX"
+
+    def gencode(self) -> list[str]:
+        flags = []
+        for arch in self.archs:
+            number = arch.removesuffix("+PTX").replace(".", "")
+            flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+            if arch.endswith("+PTX"):
+                flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+        return flags
+
+
+class NoCuda(Exception):
+    """Why the CUDA library is not built."""
+
+
+def run(*command: str | Path) -> str:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def cuda_home_candidates():
+    """Toolkits, best first. An nvcc on PATH may be a wrapper script, so it is asked for its own TOP."""
+    if os.environ.get("CUDA_HOME"):
+        yield Path(os.environ["CUDA_HOME"])
+        return
+    if nvcc := shutil.which("nvcc"):
+        dryrun = run(nvcc, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull)
+        if top := re.search(r"^#\$ TOP=(.*)$", dryrun, re.M):
+            yield Path(top[1].strip()).resolve()
+    yield Path("/usr/local/cuda")
+    for site in dict.fromkeys([sysconfig.get_path("purelib"), *sys.path]):
+        yield from sorted(Path(site or ".").glob("nvidia/cu*[0-9]"), reverse=True)
+
+
+def find_cuda() -> CudaToolkit:
+    import torch
+
+    if torch.version.cuda is None:
+        raise NoCuda("the torch to build against is a CPU build")
+    homes = [home for home in cuda_home_candidates() if (home / "bin" / "nvcc").exists()]
+    if not homes:
+        raise NoCuda("no nvcc in CUDA_HOME, on PATH, in /usr/local/cuda or among pip's packages")
+    home = homes[0]
+    nvcc = home / "bin" / "nvcc"
+    match = re.search(r"release (\d+)\.(\d+)", run(nvcc, "--version"))
+    version = f"{match[1]}.{match[2]}" if match else "unknown"
+    if version.split(".")[0] != torch.version.cuda.split(".")[0]:
+        raise NoCuda(f"nvcc is of CUDA {version}, torch {torch.__version__} of CUDA {torch.version.cuda}")
+    includes = [p for p in (home / "include", *home.glob("targets/*/include")) if (p / "cuda_runtime.h").exists()]
+    # pip's packages carry only libcudart.so.13, without the unversioned link that -lcudart wants.
+    folders = [home / "lib64", home / "lib", *home.glob("targets/*/lib")]
+    runtimes = [so for folder in folders for so in sorted(folder.glob("libcudart.so*"))]
+    if not includes or not runtimes:
+        raise NoCuda(f"{home} has nvcc but not cuda_runtime.h and libcudart.so")
+    known = set(run(nvcc, "--list-gpu-arch").split())
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    archs = re.split(r"[;, ]+", (asked or DEFAULT_CUDA_ARCHS).strip())
+    unknown = [a for a in archs if f"compute_{a.removesuffix('+PTX').replace('.', '')}" not in known]
+    if unknown and asked:
+        raise NoCuda(f"nvcc {version} does not know {unknown} of TORCH_CUDA_ARCH_LIST")
+    return CudaToolkit(home, nvcc, includes, runtimes[0], version, [a for a in archs if a not in unknown])
+
+
+def cuda_or_none() -> CudaToolkit | None:
+    wanted = os.environ.get("FLATTEN_WITH_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"FLATTEN_WITH_CUDA is {wanted!r}, expected 0 or 1")
+    if wanted == "0" or not list(CSRC.glob("cuda/*.cu")):
+        return None
+    try:
+        return find_cuda()
+    except NoCuda as reason:
+        if wanted == "1":
+            raise SystemExit(f"FLATTEN_WITH_CUDA=1, but {reason}") from None
+        print(f"flatten_ext: building without CUDA: {reason}", file=sys.stderr)
+        return None
+
+
+class Library(setuptools.Extension):
+    """One shared object; sources are compiled by ninja, each with its own flags."""
+
+    def __init__(self, name: str, sources: list[Path]):
+        super().__init__(name, [str(s.relative_to(ROOT)) for s in sources])
+
+
+def core_sources() -> list[Path]:
+    is_x86 = (os.environ.get("ARCHFLAGS", "") + sysconfig.get_platform()).endswith(("x86_64", "amd64"))
+    cpu = [s for s in sorted(CSRC.glob("cpu/*.cpp")) if is_x86 or s.stem not in ISA_FLAGS]
+    return [CSRC / "library.cpp", CSRC / "attention_args.cpp", CSRC / "outputs.cpp", *cpu]
+
+
+def cuda_sources() -> list[Path]:
+    shared = [CSRC / "attention_args.cpp", CSRC / "outputs.cpp"]
+    return [*shared, *sorted(CSRC.glob("cuda/*.cpp")), *sorted(CSRC.glob("cuda/*.cu"))]
+
+
+class BuildLibraries(build_ext):
+    """Writes a build.ninja for each Library and runs it, so that a change rebuilds only what it touched."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.cuda = cuda_or_none()
+        if self.cuda is None:
+            self.extensions = [e for e in self.extensions if e.name != "flatten_ext.lib.libflatten_cuda"]
+
+    def get_ext_filename(self, fullname: str) -> str:
+        if fullname.rpartition(".")[2].startswith("lib"):  # not a Python module: no ABI tag
+            return fullname.replace(".", os.sep) + ".so"
+        return super().get_ext_filename(fullname)
+
+    def build_extension(self, ext: setuptools.Extension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        folder = Path(self.build_temp).resolve() / ext.name
+        folder.mkdir(parents=True, exist_ok=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        (folder / "build.ninja").write_text(self.ninja_file(ext, output, folder))
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        subprocess.run([ninja(), "-C", str(folder), *jobs, *(["-v"] if self.verbose > 1 else [])], check=True)
+
+    def ninja_file(self, ext: setuptools.Extension, output: Path, folder: Path) -> str:
+        import torch
+
+        torch_root = Path(torch.__path__[0])
+        cxx = shlex.split(os.environ.get("CXX", "c++"))
+        sanitize = sanitizer_flags()
+        cxxflags = [
+            *["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *sanitize],
+            f"-DTORCH_TARGET_VERSION=0x{MINIMUM_TORCH[0]:02x}{MINIMUM_TORCH[1]:02x}000000000000",
+            *["-isystem", str(torch_root / "include")],
+            *shlex.split(os.environ.get("CXXFLAGS", "")),
+        ]
+        ldflags = [*sanitize, *shlex.split(os.environ.get("LDFLAGS", ""))]
+        libraries = [f"-L{torch_root / 'lib'}", "-ltorch_cpu"]
+        nvcc, nvccflags = "nvcc", ""
+        name = ext.name.rpartition(".")[2]
+        if name == "_C":
+            import pybind11
+
+            cxxflags += ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
+            cxxflags += self.build_info()
+            libraries = [str(output.parent / "lib" / "libflatten.so"), "-Wl,-rpath," + origin("lib")]
+        if name == "libflatten_cuda":
+            assert self.cuda is not None  # finalize_options dropped the extension otherwise
+            includes = [flag for path in self.cuda.includes for flag in ("-isystem", str(path))]
+            cxxflags += ["-DUSE_CUDA", *includes]
+            libraries += [f"-L{torch_root / 'lib'}", "-ltorch_cuda", str(self.cuda.cudart)]
+            nvcc = str(self.cuda.nvcc)
+            nvccflags = shlex.join(
+                [*["-std=c++17", "-O3", "-lineinfo", "-cudart", "shared", *self.cuda.gencode()]]
+                + ["-ccbin", cxx[0], "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+            )
+        soname = ["-Wl,-install_name,@rpath/" + output.name] if sys.platform == "darwin" else []
+        shared = "-dynamiclib" if sys.platform == "darwin" and name != "_C" else "-shared"
+        if sys.platform == "darwin" and name == "_C":
+            shared = "-bundle -undefined dynamic_lookup"
+
+        lines = [
+            f"cxx = {shlex.join(cxx)}",
+            f"cxxflags = {shlex.join(cxxflags)}",
+            f"nvcc = {nvcc}",
+            f"nvccflags = {nvccflags}",
+            f"ldflags = {shlex.join([*ldflags, *soname])}",
+            f"libraries = {shlex.join(libraries).replace('$', '$$')}",
+            "rule cxx\n  command = $cxx -MMD -MF $out.d $cxxflags $isa -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+            "rule nvcc\n  command = $nvcc -MD -MF $out.d $nvccflags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+            f"rule link\n  command = $cxx {shared} $in -o $out $ldflags $libraries",
+        ]
+        objects = []
+        for source in (ROOT / s for s in ext.sources):
+            rule = "nvcc" if source.suffix == ".cu" else "cxx"
+            target = f"{source.parent.name}_{source.name}.o"
+            objects.append(target)
+            lines.append(f"build {target}: {rule} {ninja_path(source)}")
+            if source.stem in ISA_FLAGS:
+                lines.append(f"  isa = {ISA_FLAGS[source.stem]}")
+        # What is linked as a file is linked again when it changes.
+        files = [ninja_path(library) for library in libraries if library.endswith(".so")]
+        lines.append(f"build {ninja_path(output)}: link {' '.join(objects)} | {' '.join(files)}")
+        return "\n".join(lines) + "\n"
+
+    def build_info(self) -> list[str]:
+        """What `python -m flatten_ext info` says of the build."""
+        import torch
+
+        facts = {
+            "VERSION": self.distribution.get_version(),
+            "BUILT_WITH_TORCH": torch.__version__,
+            "MINIMUM_TORCH": ".".join(map(str, MINIMUM_TORCH)),
+            "CUDA_VERSION": self.cuda.version if self.cuda else "",
+            "CUDA_ARCHS": ";".join(self.cuda.archs) if self.cuda else "",
+        }
+        return [f'-DFLATTEN_{key}="{value}"' for key, value in facts.items()]
+
+
+def sanitizer_flags() -> list[str]:
+    asked = os.environ.get("FLATTEN_SANITIZE")
+    return [f"-fsanitize={asked}", "-fno-omit-frame-pointer", "-g1"] if asked else []
+
+
+def origin(folder: str) -> str:
+    return ("@loader_path/" if sys.platform == "darwin" else "$ORIGIN/") + folder
+
+
+def ninja_path(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def ninja() -> str:
+    """The ninja on PATH, or the one of the pip package."""
+    if found := shutil.which("ninja"):
+        return found
+    from ninja import BIN_DIR
+
+    return str(Path(BIN_DIR) / "ninja")
+
+
+setuptools.setup(
+    ext_modules=[
+        Library("flatten_ext.lib.libflatten", core_sources()),
+        Library("flatten_ext.lib.libflatten_cuda", cuda_sources()),
+        Library("flatten_ext._C", [CSRC / "bindings.cpp"]),
+    ],
+    cmdclass={"build_ext": BuildLibraries},
+)
