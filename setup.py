@@ -39,6 +39,7 @@ ISA_FLAGS = {
     "isa_avx2": "-mavx2 -mfma -mf16c",
     "isa_avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl",
 }
+DEPFILE = "\n  depfile = $out.d\n  deps = gcc"
 
 
 @dataclass
@@ -97,7 +98,8 @@ def find_cuda() -> CudaToolkit:
     version = f"{match[1]}.{match[2]}" if match else "unknown"
     if version.split(".")[0] != torch.version.cuda.split(".")[0]:
         raise NoCuda(f"nvcc is of CUDA {version}, torch {torch.__version__} of CUDA {torch.version.cuda}")
-    includes = [p for p in (home / "include", *home.glob("targets/*/include")) if (p / "cuda_runtime.h").exists()]
+    headers = [home / "include", *home.glob("targets/*/include")]
+    includes = [path for path in headers if (path / "cuda_runtime.h").exists()]
     # pip's packages carry only libcudart.so.13, without the unversioned link that -lcudart wants.
     folders = [home / "lib64", home / "lib", *home.glob("targets/*/lib")]
     runtimes = [so for folder in folders for so in sorted(folder.glob("libcudart.so*"))]
@@ -137,7 +139,8 @@ class Library(setuptools.Extension):
 def core_sources() -> list[Path]:
     is_x86 = (os.environ.get("ARCHFLAGS", "") + sysconfig.get_platform()).endswith(("x86_64", "amd64"))
     cpu = [s for s in sorted(CSRC.glob("cpu/*.cpp")) if is_x86 or s.stem not in ISA_FLAGS]
-    return [CSRC / "library.cpp", CSRC / "attention_args.cpp", CSRC / "outputs.cpp", *cpu]
+    shared = [CSRC / name for name in ("library.cpp", "checks.cpp", "attention_args.cpp", "outputs.cpp")]
+    return [*shared, *cpu]
 
 
 def cuda_sources() -> list[Path]:
@@ -196,10 +199,8 @@ class BuildLibraries(build_ext):
             cxxflags += ["-DUSE_CUDA", *includes]
             libraries += [f"-L{torch_root / 'lib'}", "-ltorch_cuda", str(self.cuda.cudart)]
             nvcc = str(self.cuda.nvcc)
-            nvccflags = shlex.join(
-                [*["-std=c++17", "-O3", "-lineinfo", "-cudart", "shared", *self.cuda.gencode()]]
-                + ["-ccbin", cxx[0], "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
-            )
+            host = ["-ccbin", cxx[0], "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+            nvccflags = shlex.join(["-std=c++17", "-O3", "-lineinfo", *self.cuda.gencode(), *host])
         soname = ["-Wl,-install_name,@rpath/" + output.name] if sys.platform == "darwin" else []
         shared = "-dynamiclib" if sys.platform == "darwin" and name != "_C" else "-shared"
         if sys.platform == "darwin" and name == "_C":
@@ -212,8 +213,8 @@ class BuildLibraries(build_ext):
             f"nvccflags = {nvccflags}",
             f"ldflags = {shlex.join([*ldflags, *soname])}",
             f"libraries = {shlex.join(libraries).replace('$', '$$')}",
-            "rule cxx\n  command = $cxx -MMD -MF $out.d $cxxflags $isa -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-            "rule nvcc\n  command = $nvcc -MD -MF $out.d $nvccflags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+            f"rule cxx\n  command = $cxx -MMD -MF $out.d $cxxflags $isa -c $in -o $out{DEPFILE}",
+            f"rule nvcc\n  command = $nvcc -MD -MF $out.d $nvccflags -c $in -o $out{DEPFILE}",
             f"rule link\n  command = $cxx {shared} $in -o $out $ldflags $libraries",
         ]
         objects = []

@@ -30,4 +30,13 @@ STABLE_TORCH_LIBRARY(flatten, m) {
   m.def(
       "depthwise_conv_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, SymInt[] size, "
       "SymInt[]? window, SymInt[]? shift, bool[] output_mask) -> Tensor[]");
+
+  // The checks of the operators alone: what the plain-torch fallback calls first.
+  m.def(
+      "check_attention(Tensor q, Tensor k, Tensor v, int num_heads, Tensor? scale, Tensor? key_bias, "
+      "Tensor? dwc_weight, Tensor? dwc_bias, SymInt[]? size, SymInt[]? window, SymInt[]? shift, "
+      "float? focusing_factor, float eps) -> ()");
+  m.def(
+      "check_depthwise_conv(Tensor x, Tensor weight, Tensor? bias, SymInt[] size, SymInt[]? window, "
+      "SymInt[]? shift) -> ()");
 }

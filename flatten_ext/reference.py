@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["attention", "depthwise_conv", "focus", "linear_attention", "to_windows", "from_windows"]
+__all__ = ["attention", "depthwise_conv", "focus", "from_windows", "linear_attention", "to_windows"]
 
 
 def focus(x: Tensor, scale: Tensor | None = None, focusing_factor: float = 3.0, eps: float = 1e-6) -> Tensor:
@@ -50,7 +50,9 @@ def to_windows(x: Tensor, size: Sequence[int], window: Sequence[int], shift: Seq
     return x.reshape(x.shape[0], (h // wh) * (w // ww), wh * ww, x.shape[-1])
 
 
-def from_windows(x: Tensor, size: Sequence[int], window: Sequence[int], shift: Sequence[int] | None) -> Tensor:
+def from_windows(
+    x: Tensor, size: Sequence[int], window: Sequence[int], shift: Sequence[int] | None
+) -> Tensor:
     """The inverse of `to_windows`: (B, windows, wh*ww, C) -> (B, H*W, C)."""
     (h, w), (wh, ww) = size, window
     x = x.reshape(x.shape[0], h // wh, w // ww, wh, ww, x.shape[-1]).transpose(2, 3)

@@ -1,0 +1,39 @@
+"""Focused linear attention for vision transformers: C++ and CUDA kernels behind torch.ops.flatten.
+
+`attention`, `linear_attention` and `depthwise_conv` are the operators, `FocusedLinearAttention` the module to
+put in a transformer block, `flatten_ext.models` the published models (needs timm).
+"""
+
+import importlib
+from typing import Any
+
+from . import _load  # first: registers torch.ops.flatten
+from . import _registrations as _registrations
+from .nn import FocusedLinearAttention
+from .ops import attention, depthwise_conv, linear_attention
+
+__version__: str = _load.build_info()["version"]
+
+# Names whose modules need more than torch; imported when first asked for.
+_LAZY = {
+    "attention_map": "visualize",
+    "convert": "convert",
+    "load_official": "models",
+}
+
+__all__ = [
+    "FocusedLinearAttention",
+    "__version__",
+    "attention",
+    "attention_map",
+    "convert",
+    "depthwise_conv",
+    "linear_attention",
+    "load_official",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,42 @@
+"""Loads the shared libraries, which register torch.ops.flatten."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+try:
+    from . import _C  # loads lib/libflatten.so beside it
+except ImportError as error:
+    raise ImportError(
+        f"flatten_ext's compiled library cannot be loaded from {Path(__file__).parent}: {error}\n"
+        "In a source checkout build it with `pip install -e .`; to use an installed flatten_ext, run Python "
+        "from another folder."
+    ) from error
+
+LIBRARIES = Path(__file__).parent / "lib"
+build_info = _C.build_info
+cpu_isa = _C.cpu_isa
+cpu_isas = _C.cpu_isas
+
+
+def _load_cuda() -> str | None:
+    """Loads the CUDA kernels; returns why not if they cannot be."""
+    library = LIBRARIES / "libflatten_cuda.so"
+    if not library.exists():
+        return "this build has no CUDA kernels (no CUDA compiler was found, or FLATTEN_WITH_CUDA=0)"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    built, running = build_info()["cuda_version"], torch.version.cuda
+    if built.split(".")[0] != running.split(".")[0]:
+        return f"built with CUDA {built}, but torch {torch.__version__} runs on CUDA {running}"
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return str(error)
+    return None
+
+
+# None when the CUDA kernels are loaded, else the reason; CUDA tensors then run the plain-torch reference.
+cuda_unavailable_reason: str | None = _load_cuda()

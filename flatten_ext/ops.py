@@ -1,0 +1,106 @@
+"""The operators as documented Python functions; each is one call of torch.ops.flatten."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["attention", "depthwise_conv", "linear_attention"]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_heads: int,
+    scale: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    dwc_weight: Tensor | None = None,
+    dwc_bias: Tensor | None = None,
+    size: Sequence[int] | None = None,
+    window: Sequence[int] | None = None,
+    shift: Sequence[int] | None = None,
+    focusing_factor: float = 3.0,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Focused linear attention (FLatten Transformer, arXiv 2308.00442, equations 4-6), in linear time.
+
+    Per window, which is the whole map unless `window` is given::
+
+        phi(x) = y**p * |y| / |y**p|        y = (relu(x) + eps) / scale, norms over all C channels of a token
+        Q, K   = phi(q), phi(k + key_bias)
+        S_h    = K_h^T V_h / M,  m_h = mean of K_h
+        out    = concat_h((Q_h S_h) / (Q_h . m_h + eps)) + depthwise_conv(v)
+
+    Args:
+        q: (B, N, C) projected queries; C = num_heads * head_dim; float32, float16, bfloat16 or float64.
+        k, v: (B, M, C) projected keys and values, in q's dtype. M may differ from N only without `window` and
+            `dwc_weight`. Any layout whose channels are adjacent is read in place.
+        num_heads: channel c belongs to head c // head_dim.
+        scale: (C,) positive divisor of the ReLU features; float32 or q's dtype, as every parameter below.
+        key_bias: (M, C), with windows (wh*ww, C): positional encoding added to k before the ReLU.
+        dwc_weight: (head_dim, 1, kh, kw) shared by the heads, or (C, 1, kh, kw); kh and kw odd.
+        dwc_bias: (head_dim,) or (C,), as the weight.
+        size: (H, W), the map that the tokens tile in raster order; needed with `dwc_weight` and `window`. The
+            M - H*W leading tokens (class, registers) attend but are not convolved; none with windows.
+        window: (wh, ww) dividing (H, W): attend and convolve inside each window; tokens stay in raster order.
+        shift: (sh, sw) smaller than the window: the window grid lies on the map rolled by (-sh, -sw).
+        focusing_factor: p >= 1.
+        eps: >= 0.
+
+    Returns:
+        (B, N, C) in q's dtype. Sums, norms, S and m accumulate in float32 (float64 for float64 inputs).
+
+    Raises:
+        RuntimeError: naming the argument, what was expected and what came, before anything is computed. The
+            values of `scale` are checked on the CPU only.
+    """
+    return torch.ops.flatten.attention(
+        q, k, v, num_heads, scale, key_bias, dwc_weight, dwc_bias, size, window, shift, focusing_factor, eps
+    )
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_heads: int,
+    dwc_weight: Tensor | None = None,
+    dwc_bias: Tensor | None = None,
+    size: Sequence[int] | None = None,
+    window: Sequence[int] | None = None,
+    shift: Sequence[int] | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """The attention of `attention` on features that are mapped already: Q = q and K = k, no phi.
+
+    Any other mapping (ELU + 1, exp, a learned one) runs on the same kernels. Arguments, shapes, dtypes and
+    errors as in `attention`.
+    """
+    return torch.ops.flatten.linear_attention(
+        q, k, v, num_heads, dwc_weight, dwc_bias, size, window, shift, eps
+    )
+
+
+def depthwise_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    size: Sequence[int],
+    window: Sequence[int] | None = None,
+    shift: Sequence[int] | None = None,
+) -> Tensor:
+    """The rank-restoring branch alone: a zero-padded depthwise convolution of tokens on their map.
+
+    Args:
+        x: (B, P + H*W, C) tokens in raster order; the P leading ones give 0.
+        weight: (D, 1, kh, kw), kh and kw odd, D dividing C: channel c is filtered by kernel c % D.
+        bias: (D,) or None.
+        size, window, shift: as in `attention`.
+
+    Returns:
+        (B, P + H*W, C) in x's dtype.
+    """
+    return torch.ops.flatten.depthwise_conv(x, weight, bias, size, window, shift)
