@@ -162,6 +162,11 @@ class BuildLibraries(build_ext):
             return fullname.replace(".", os.sep) + ".so"
         return super().get_ext_filename(fullname)
 
+    def copy_extensions_to_source(self) -> None:
+        for ext in self.extensions:
+            (ROOT / self.get_ext_filename(ext.name)).parent.mkdir(parents=True, exist_ok=True)
+        super().copy_extensions_to_source()
+
     def build_extension(self, ext: setuptools.Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         folder = Path(self.build_temp).resolve() / ext.name

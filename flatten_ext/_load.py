@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
-import torch
+import torch  # first: libflatten.so needs its libraries
 
 try:
-    from . import _C  # loads lib/libflatten.so beside it
+    _C = importlib.import_module("flatten_ext._C")  # loads lib/libflatten.so
 except ImportError as error:
     raise ImportError(
         f"flatten_ext's compiled library cannot be loaded from {Path(__file__).parent}: {error}\n"

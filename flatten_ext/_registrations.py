@@ -31,6 +31,7 @@ _ops = torch.ops.flatten
 _library = torch.library.Library("flatten", "IMPL")
 _after_autograd = torch._C._after_autograd_keyset
 _below_autograd = torch._C._AutoDispatchBelowAutograd
+_autograd_keys = DispatchKeySet(DispatchKey.AutogradFunctionality) | DispatchKeySet(DispatchKey.ADInplaceOrView)
 
 # What is saved for backward beside q, k and v may add this much memory; beyond it S and m are computed again.
 _STATE_BUDGET = 0.05
@@ -148,11 +149,19 @@ def _own_node(t: Tensor | None) -> Tensor | None:
 
 def _reference_gradients(family: _Family, options, mask, grad_out: Tensor, tensors) -> tuple[Tensor, ...]:
     """The gradients in `mask` through the reference, differentiable again."""
-    with torch.enable_grad():
+    with _above_autograd(), torch.enable_grad():
         tensors = [_own_node(t) for t in tensors]
         wanted = [t for t, asked in zip(tensors, mask, strict=True) if asked]
         out = family.reference(tensors, options)
         return torch.autograd.grad(out, wanted, grad_out, create_graph=True, materialize_grads=True)
+
+
+def _above_autograd():
+    """Lets operations record again inside a kernel, where torch has switched autograd's keys off."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    return torch._C._ForceDispatchKeyGuard(
+        torch._C._dispatch_tls_local_include_set(), excluded - _autograd_keys
+    )
 
 
 def _in_forward_mode() -> bool:
