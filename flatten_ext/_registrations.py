@@ -440,9 +440,10 @@ for _name, _function in {
 
 # -------------------------------------------------------------------------------------------------- FLOPs
 def _attention_flops(q_shape, k_shape, num_heads, dwc_weight_shape, size) -> int:
-    """Multiply-adds of S and Q S counted twice, 2 (N + M) C D, and of the taps, 2 kh kw H W C, per image."""
+    """Multiply-adds counted twice, per image: of S and Q S, 2 (N + M) C D, of Q m, 2 N C, and of the taps,
+    2 kh kw H W C."""
     batch, queries, channels = q_shape
-    products = 2 * (queries + k_shape[1]) * channels * (channels // num_heads)
+    products = 2 * (queries + k_shape[1]) * channels * (channels // num_heads) + 2 * queries * channels
     return batch * products + (_taps_flops(q_shape, dwc_weight_shape, size) if dwc_weight_shape else 0)
 
 

@@ -156,7 +156,8 @@ def resize_positional_encoding(
     encoding: Tensor, old: Sequence[int], new: Sequence[int], num_prefix_tokens: int = 0
 ) -> Tensor:
     """(1, P + h*w, C) of an (h, w) map -> (1, P + H*W, C) of an (H, W) map, bicubic; the prefix rows stay."""
-    if tuple(old) == tuple(new):
+    # An exported graph serves every size: it must not depend on whether the example's was the learned one.
+    if tuple(old) == tuple(new) and not torch.compiler.is_exporting():
         return encoding
     prefix, grid = encoding[:, :num_prefix_tokens], encoding[:, num_prefix_tokens:]
     image = grid.transpose(1, 2).unflatten(2, (old[0], old[1]))

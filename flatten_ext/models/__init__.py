@@ -1,0 +1,54 @@
+"""The five families of the paper on `torch.ops.flatten.attention`, registered with timm when imported.
+
+`timm.create_model("flatten_swin_tiny")` and its like build the paper's configurations; `load_official` loads
+the published checkpoints into them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from . import cswin, deit, pvt, pvt_v2, swin
+from ._attention import FocusedAttention
+from ._checkpoint import load_official
+from .cswin import FlattenCSWinTransformer
+from .deit import FlattenVisionTransformer, FlattenVisionTransformerDistilled
+from .pvt import FlattenPyramidTransformer
+from .pvt_v2 import FlattenPyramidTransformerV2
+from .swin import FlattenSwinTransformer
+
+__all__ = [
+    "FlattenCSWinTransformer",
+    "FlattenPyramidTransformer",
+    "FlattenPyramidTransformerV2",
+    "FlattenSwinTransformer",
+    "FlattenVisionTransformer",
+    "FlattenVisionTransformerDistilled",
+    "FocusedAttention",
+    "checkpoint_filter",
+    "load_official",
+]
+
+_FILTERS: dict[type[nn.Module], Callable[..., Any]] = {
+    FlattenCSWinTransformer: cswin.checkpoint_filter_fn,
+    FlattenPyramidTransformer: pvt.checkpoint_filter_fn,
+    FlattenPyramidTransformerV2: pvt_v2.checkpoint_filter_fn,
+    FlattenSwinTransformer: swin.checkpoint_filter_fn,
+    FlattenVisionTransformer: deit.checkpoint_filter_fn,
+    FlattenVisionTransformerDistilled: deit.checkpoint_filter_fn,
+}
+
+
+def checkpoint_filter(model: nn.Module) -> Callable[[dict[str, Any], nn.Module], dict[str, Any]]:
+    """The function (state_dict, model) that renames and resamples a published checkpoint for `model`.
+
+    Raises:
+        TypeError: `model` is of none of the five families.
+    """
+    for family, filter_fn in _FILTERS.items():
+        if isinstance(model, family):
+            return filter_fn
+    raise TypeError(f"{type(model).__name__} is not a model of flatten_ext.models")

@@ -1,0 +1,129 @@
+"""What the pyramids PVT, PVTv2 and CSWin share: four stages on maps of stride 4, 8, 16 and 32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.layers import calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.models import build_model_with_cfg, checkpoint
+from timm.models.pvt_v2 import PyramidVisionTransformerV2
+from torch import Tensor, nn
+
+from ._timm import undecayed
+
+__all__ = ["Pyramid", "PyramidStage", "create", "init_linear", "stage_sizes"]
+
+
+def stage_sizes(img_size: int | tuple[int, int], stages: int = 4) -> list[tuple[int, int]]:
+    """The maps of strides 4, 8, 16, 32 of an image, rounded up."""
+    height, width = to_2tuple(img_size)
+    return [(-(-height // stride), -(-width // stride)) for stride in (4 << i for i in range(stages))]
+
+
+def init_linear(module: nn.Module) -> None:
+    """The initialisation of PVT and CSWin: truncated normal of 0.02; convolutions keep torch's."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class PyramidStage(nn.Module):
+    """Embedding of (B, C, H, W) images as (B, H, W, C') patches, then blocks of (B, H * W, C') tokens.
+
+    Args:
+        embed: downsampling to (B, H', W', C'), or None where the tokens come embedded.
+        blocks: modules called as block(tokens, size).
+    """
+
+    def __init__(self, embed: nn.Module | None, blocks: list[nn.Module]):
+        super().__init__()
+        self.downsample = embed
+        self.blocks = nn.ModuleList(blocks)
+        self.grad_checkpointing = False
+
+    def add_positions(self, x: Tensor) -> Tensor:
+        """A hook for absolute position embeddings: (B, H, W, C) -> the same."""
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W), or (B, H, W, C) without `embed` -> (B, C', H', W')."""
+        if self.downsample is not None:
+            x = self.downsample(x)
+        x = self.add_positions(x)
+        size = x.shape[1:3]
+        x = x.flatten(1, 2)
+        for block in self.blocks:
+            x = checkpoint(block, x, size) if self.grad_checkpointing else block(x, size)
+        return x.transpose(1, 2).unflatten(2, size)
+
+
+class Pyramid(PyramidVisionTransformerV2):
+    """timm's PVTv2 contract (features, classifier, checkpointing) for any pyramid of focused attention.
+
+    A subclass that is not PVTv2 itself calls `build` instead of timm's constructor.
+    """
+
+    def build(
+        self,
+        stem: nn.Module,
+        stage: Callable[[int, list[float]], nn.Module],
+        embed_dims: tuple[int, ...],
+        depths: tuple[int, ...],
+        *,
+        num_classes: int,
+        global_pool: str,
+        drop_rate: float,
+        drop_path_rate: float,
+        device: Any,
+        dtype: Any,
+    ) -> None:
+        """Assembles the model from its stem and `stage(index, drop_path_rates)`."""
+        if global_pool not in ("avg", ""):
+            raise ValueError(f"global_pool must be 'avg' or '', got {global_pool!r}")
+        self.num_classes, self.global_pool, self.depths = num_classes, global_pool, depths
+        self.patch_embed = stem
+        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        self.stages = nn.Sequential(*(stage(i, rate) for i, rate in enumerate(rates)))
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 << i, "module": f"stages.{i}"} for i, dim in enumerate(embed_dims)
+        ]
+        self.num_features = self.head_hidden_size = embed_dims[-1]
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head: nn.Module = nn.Identity()
+        if num_classes > 0:
+            self.head = nn.Linear(embed_dims[-1], num_classes, device=device, dtype=dtype)
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Resamples every positional encoding for images of another size."""
+        self.img_size = to_2tuple(img_size)
+        for stage, size in zip(self.stages, stage_sizes(img_size), strict=False):
+            for module in stage.modules():
+                resize: Any = getattr(module, "set_feat_size", None)
+                if resize is not None:
+                    resize(size)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return undecayed(self)
+
+
+def create(
+    cls: type[nn.Module],
+    variant: str,
+    pretrained: bool,
+    filter_fn: Callable[..., Any],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Builds a registered pyramid the way timm builds its own."""
+    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
+    return build_model_with_cfg(
+        cls,
+        variant,
+        pretrained,
+        pretrained_filter_fn=filter_fn,
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        **kwargs,
+    )

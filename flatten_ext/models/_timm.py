@@ -1,0 +1,46 @@
+"""What the five families tell timm alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
+
+__all__ = ["attention_types", "default_cfg", "undecayed"]
+
+
+def attention_types(attn_type: str, stages: int) -> str:
+    """Checks one letter for each stage: "L" for focused linear attention, "S" for softmax."""
+    if len(attn_type) != stages or set(attn_type) - {"L", "S"}:
+        raise ValueError(f"attn_type must be {stages} letters, each L or S, got {attn_type!r}")
+    return attn_type
+
+
+def undecayed(model: nn.Module) -> set[str]:
+    """Names of the parameters of focused attention that are not to be decayed.
+
+    Both are additive offsets (of keys, and inside a softplus) that start at zero; the public code decays
+    them, since they have three axes.
+    """
+    endings = (".scale", ".positional_encoding")
+    return {name for name, _ in model.named_parameters() if name.endswith(endings)}
+
+
+def default_cfg(size: int = 224, **kwargs: Any) -> dict[str, Any]:
+    """timm's pretrained_cfg: the public evaluation squashes to 256/224 of the input and crops the centre."""
+    return {
+        "num_classes": 1000,
+        "input_size": (3, size, size),
+        "pool_size": (size // 32, size // 32),
+        "crop_pct": 0.875,
+        "crop_mode": "squash",
+        "interpolation": "bicubic",
+        "fixed_input_size": False,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "mit",
+        **kwargs,
+    }
