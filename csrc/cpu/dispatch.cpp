@@ -1,0 +1,71 @@
+// Chooses the kernels' instruction set, once per process.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "isa.h"
+#include "kernels.h"
+
+namespace flatten::cpu {
+
+namespace baseline {
+extern const Kernels kKernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}
+#endif
+
+namespace {
+
+/// The sets this processor runs, least first.
+std::vector<const Kernels*> runnable() {
+  std::vector<const Kernels*> sets{&baseline::kKernels};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (has_avx2) sets.push_back(&avx2::kKernels);
+  if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    sets.push_back(&avx512::kKernels);
+  }
+#endif
+  return sets;
+}
+
+const Kernels& choose() {
+  const std::vector<const Kernels*> sets = runnable();
+  const char* asked = std::getenv("FLATTEN_CPU_ISA");
+  if (asked == nullptr || *asked == '\0') return *sets.back();
+  std::string possible;
+  for (const Kernels* set : sets) {
+    if (std::string(asked) == set->isa) return *set;
+    possible += possible.empty() ? "" : ", ";
+    possible += set->isa;
+  }
+  throw std::runtime_error("flatten: FLATTEN_CPU_ISA is \"" + std::string(asked) +
+                           "\", expected one of the sets this processor runs: " + possible);
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+std::string isa_in_use() { return kernels().isa; }
+
+std::vector<std::string> runnable_isas() {
+  std::vector<std::string> names;
+  for (const Kernels* set : runnable()) names.emplace_back(set->isa);
+  return names;
+}
+
+}  // namespace flatten::cpu

@@ -1,0 +1,46 @@
+// The body of every isa_*.cpp: the kernels, compiled for the instruction set of that file's flags, as a
+// table. The including file defines FLATTEN_ISA (the namespace) and FLATTEN_ISA_NAME first.
+#include "backward_kernel.h"
+#include "conv_kernel.h"
+#include "forward_kernel.h"
+
+namespace flatten::cpu::FLATTEN_ISA {
+namespace {
+
+/// body(X{}) for the storage type X of `dtype`.
+template <class Body>
+void with_dtype(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::kFloat64:
+      return body(double{});
+    case Dtype::kFloat32:
+      return body(float{});
+    case Dtype::kBFloat16:
+      return body(BFloat16{});
+    case Dtype::kFloat16:
+      return body(Float16{});
+  }
+}
+
+void attention_forward(const AttentionForward& p, const Parallel& parallel) {
+  with_dtype(p.dtype, [&](auto x) { ForwardKernel<decltype(x)>(p).run(parallel); });
+}
+
+void attention_backward(const AttentionBackward& p, const Parallel& parallel) {
+  with_dtype(p.dtype, [&](auto x) { BackwardKernel<decltype(x)>(p).run(parallel); });
+}
+
+void conv_forward(const ConvForward& p, const Parallel& parallel) {
+  with_dtype(p.dtype, [&](auto x) { ConvKernel<decltype(x)>(p).forward(p, parallel); });
+}
+
+void conv_backward(const ConvBackward& p, const Parallel& parallel) {
+  with_dtype(p.dtype, [&](auto x) { ConvKernel<decltype(x)>(p).backward(p, parallel); });
+}
+
+}  // namespace
+
+extern const Kernels kKernels;
+const Kernels kKernels{FLATTEN_ISA_NAME, attention_forward, attention_backward, conv_forward, conv_backward};
+
+}  // namespace flatten::cpu::FLATTEN_ISA

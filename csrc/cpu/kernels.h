@@ -1,0 +1,32 @@
+// The CPU kernels as the host sees them: one table of functions per instruction set. No torch.
+#pragma once
+
+#include <cstdint>
+
+#include "../params.h"
+
+namespace flatten::cpu {
+
+/// How a kernel spreads its work: `run` calls task(begin, end, context) for disjoint ranges that cover
+/// [0, count), on up to `threads` threads, and returns when all are done. Running everything in the
+/// calling thread is allowed; results depend on `threads` alone, not on how the ranges were cut.
+struct Parallel {
+  int threads;
+  void (*run)(std::int64_t count, void (*task)(std::int64_t begin, std::int64_t end, void* context),
+              void* context);
+};
+
+/// The kernels of one instruction set. Batch, queries and keys must be positive.
+struct Kernels {
+  const char* isa;
+  void (*attention_forward)(const AttentionForward&, const Parallel&);
+  void (*attention_backward)(const AttentionBackward&, const Parallel&);
+  void (*conv_forward)(const ConvForward&, const Parallel&);
+  void (*conv_backward)(const ConvBackward&, const Parallel&);
+};
+
+/// The set in use: the widest this processor runs, or the one FLATTEN_CPU_ISA names. Chosen once.
+/// Throws std::runtime_error when the variable names a set that is unknown or that cannot run here.
+const Kernels& kernels();
+
+}  // namespace flatten::cpu

@@ -1,0 +1,170 @@
+// How the kernels cut their work: windows, blocks of tokens, and the head-major blocks they compute on.
+#pragma once
+
+#include <cstddef>
+
+#include "../params.h"
+#include "vec.h"
+
+namespace flatten::cpu::FLATTEN_ISA {
+
+FLATTEN_INLINE i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+FLATTEN_INLINE i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
+FLATTEN_INLINE i64 greater(i64 a, i64 b) { return a > b ? a : b; }
+
+/// Tokens a block may hold: its q, k, v and gradient rows stay in the caches near the core.
+constexpr int kBlock = 64;
+
+/// Channels of a token in the blocks the kernels compute on: the heads one after the other, each padded with
+/// zeros to whole vectors. Element (head, token, channel) of a block lies at
+/// (head * kBlock + token) * padded + channel, so that one head's rows are adjacent.
+struct Channels {
+  i64 heads, dim, padded;
+
+  template <class T>
+  static Channels make(const Geometry& g) {
+    return {g.heads, g.head_dim, ceil_div(g.head_dim, kLanes<T>) * kLanes<T>};
+  }
+  i64 count() const { return heads * dim; }
+  i64 padded_count() const { return heads * padded; }
+  i64 head_stride() const { return kBlock * padded; }
+  i64 block() const { return heads * kBlock * padded; }
+  /// One dim x padded matrix per head.
+  i64 matrix() const { return dim * padded; }
+  i64 matrices() const { return heads * dim * padded; }
+};
+
+/// Hands out pieces of one allocation. With a null base it only adds up what will be taken.
+class Arena {
+ public:
+  explicit Arena(void* base = nullptr) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(i64 count) {
+    char* piece = base_ + used_;
+    used_ += (static_cast<std::size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    return base_ ? reinterpret_cast<T*>(piece) : nullptr;
+  }
+  std::size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  std::size_t used_ = 0;
+};
+
+/// Some tokens of one window: their rows in the (batch, token, channel) tensors, and their positions in the
+/// window, which are rows of key_bias.
+struct Block {
+  i64 image = 0;
+  int count = 0;
+  i64 token[kBlock];
+  i64 position[kBlock];
+};
+
+template <class X>
+FLATTEN_INLINE const X* token_row(const Tokens& x, i64 image, i64 token) {
+  return static_cast<const X*>(x.data) + image * x.batch_stride + token * x.token_stride;
+}
+template <class X>
+FLATTEN_INLINE X* token_row(const MutableTokens& x, i64 image, i64 token) {
+  return static_cast<X*>(x.data) + image * x.batch_stride + token * x.token_stride;
+}
+
+/// One window's tokens as a grid of rows x columns behind `prefix` tokens. Where neither taps nor a shift
+/// give the map a meaning, the grid is one row of all tokens.
+struct Grid {
+  Geometry geometry;
+  i64 prefix, rows, columns;
+  bool flat;
+
+  static Grid make(const Geometry& g, i64 tokens, bool has_taps) {
+    const bool flat = g.windows() == 1 && !has_taps && g.shift_h == 0 && g.shift_w == 0;
+    if (flat) return {g, 0, 1, tokens, true};
+    return {g, g.windows() == 1 ? g.prefix : 0, g.window_h, g.window_w, false};
+  }
+  i64 tokens() const { return prefix + rows * columns; }
+
+  /// Where the tokens of one row of a window lie: a run of the map's row that may wrap around its end.
+  struct Row {
+    i64 base, first, map_w;
+    i64 token(i64 x) const { return base + (first + x < map_w ? first + x : first + x - map_w); }
+  };
+  Row row(i64 window, i64 y) const {
+    if (flat) return {0, 0, columns};
+    const Geometry& g = geometry;
+    const i64 map_y = (window / g.windows_w() * g.window_h + y + g.shift_h) % g.map_h;
+    const i64 map_x = (window % g.windows_w() * g.window_w + g.shift_w) % g.map_w;
+    return {g.prefix + map_y * g.map_w, map_x, g.map_w};
+  }
+
+  /// Positions [begin, begin + count) of a window.
+  void fill(Block& block, i64 image, i64 window, i64 begin, i64 count) const {
+    block.image = image;
+    block.count = static_cast<int>(count);
+    i64 t = 0, position = begin;
+    for (; t < count && position < prefix; ++t, ++position) block.token[t] = block.position[t] = position;
+    while (t < count) {
+      const Row tokens = row(window, (position - prefix) / columns);
+      for (i64 x = (position - prefix) % columns; t < count && x < columns; ++x, ++t, ++position) {
+        block.token[t] = tokens.token(x);
+        block.position[t] = position;
+      }
+    }
+  }
+
+  /// The rectangle of `height` rows from y and `width` columns from x.
+  void fill(Block& block, i64 image, i64 window, i64 y, i64 height, i64 x, i64 width) const {
+    block.image = image;
+    block.count = static_cast<int>(height * width);
+    i64 t = 0;
+    for (i64 i = y; i < y + height; ++i) {
+      const Row tokens = row(window, i);
+      for (i64 j = x; j < x + width; ++j, ++t) {
+        block.token[t] = tokens.token(j);
+        block.position[t] = prefix + i * columns + j;
+      }
+    }
+  }
+};
+
+/// A grid cut into tiles of at most kBlock tokens: `tile_rows` rows of a strip of columns. Tile numbers first
+/// count blocks of prefix tokens, then go down each strip, so that taps find the rows above where they left
+/// them.
+struct Tiling {
+  i64 prefix_tiles, strips, strip_columns, tile_rows, row_steps;
+
+  static Tiling make(const Grid& grid) {
+    const i64 strips = ceil_div(grid.columns, kBlock);
+    const i64 strip_columns = ceil_div(grid.columns, strips);
+    const i64 most_rows = smaller(grid.rows, greater(1, kBlock / strip_columns));
+    const i64 row_steps = ceil_div(grid.rows, most_rows);
+    return {ceil_div(grid.prefix, kBlock), strips, strip_columns, ceil_div(grid.rows, row_steps), row_steps};
+  }
+  i64 count() const { return prefix_tiles + strips * row_steps; }
+};
+
+struct Tile {
+  bool is_prefix;
+  i64 y, height, x, width;  // of prefix tokens: from x, width of them
+};
+
+FLATTEN_INLINE Tile tile_at(const Grid& grid, const Tiling& tiling, i64 index) {
+  if (index < tiling.prefix_tiles) {
+    const i64 begin = index * kBlock;
+    return {true, 0, 1, begin, smaller(kBlock, grid.prefix - begin)};
+  }
+  index -= tiling.prefix_tiles;
+  const i64 x = index / tiling.row_steps * tiling.strip_columns;
+  const i64 y = index % tiling.row_steps * tiling.tile_rows;
+  return {false, y, smaller(tiling.tile_rows, grid.rows - y), x,
+          smaller(tiling.strip_columns, grid.columns - x)};
+}
+
+FLATTEN_INLINE void fill_tile(const Grid& grid, Block& block, i64 image, i64 window, const Tile& tile) {
+  if (tile.is_prefix) {
+    grid.fill(block, image, window, tile.x, tile.width);
+  } else {
+    grid.fill(block, image, window, tile.y, tile.height, tile.x, tile.width);
+  }
+}
+
+}  // namespace flatten::cpu::FLATTEN_ISA
