@@ -1,23 +1,20 @@
 // Which implementation takes a call. A tensor-core implementation declares `takes`, `workspace_bytes` and
 // `launch` for a params struct in its own header and is asked here before the general one.
-#include <atomic>
+#include <map>
+#include <mutex>
 
 #include "launch.h"
 
 namespace flatten::cuda {
-namespace {
-
-constexpr int kMaxDevices = 64;
-
-}  // namespace
 
 cudaError_t current_device(Device* device) {
-  static Device known[kMaxDevices];
-  static std::atomic<bool> filled[kMaxDevices];
+  static std::mutex mutex;
+  static std::map<int, Device> known;
   int index = 0;
   if (cudaError_t error = cudaGetDevice(&index); error != cudaSuccess) return error;
-  if (index < kMaxDevices && filled[index].load(std::memory_order_acquire)) {
-    *device = known[index];
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (const auto found = known.find(index); found != known.end()) {
+    *device = found->second;
     return cudaSuccess;
   }
   int count = 0, major = 0, minor = 0, shared = 0;
@@ -28,12 +25,7 @@ cudaError_t current_device(Device* device) {
     error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
   }
   if (error != cudaSuccess) return error;
-  *device = Device{count, 10 * major + minor, shared};
-  // Two threads may both come here: they write the same values.
-  if (index < kMaxDevices) {
-    known[index] = *device;
-    filled[index].store(true, std::memory_order_release);
-  }
+  *device = known[index] = {count, 10 * major + minor, shared};
   return cudaSuccess;
 }
 
@@ -41,7 +33,8 @@ std::int64_t workspace_bytes(const AttentionForward& params, const Device& devic
   return general::workspace_bytes(params, device);
 }
 
-cudaError_t launch(const AttentionForward& params, const Device& device, void* workspace, cudaStream_t stream) {
+cudaError_t launch(const AttentionForward& params, const Device& device, void* workspace,
+                   cudaStream_t stream) {
   return general::launch(params, device, workspace, stream);
 }
 
@@ -49,7 +42,8 @@ std::int64_t workspace_bytes(const AttentionBackward& params, const Device& devi
   return general::workspace_bytes(params, device);
 }
 
-cudaError_t launch(const AttentionBackward& params, const Device& device, void* workspace, cudaStream_t stream) {
+cudaError_t launch(const AttentionBackward& params, const Device& device, void* workspace,
+                   cudaStream_t stream) {
   return general::launch(params, device, workspace, stream);
 }
 

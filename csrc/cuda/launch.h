@@ -13,7 +13,7 @@ namespace flatten::cuda {
 /// The device a call runs on: what schedules depend on.
 struct Device {
   int multiprocessors = 1;
-  int compute_capability = 75;              // 10 * major + minor
+  int compute_capability = 75;            // 10 * major + minor
   std::int64_t shared_bytes = 48 * 1024;  // a block's limit after opt-in
 };
 
@@ -34,8 +34,10 @@ std::int64_t workspace_bytes(const ConvBackward& params, const Device& device);
 
 /// Enqueues the whole call on `stream`. Never synchronises, never allocates: safe in a CUDA graph. Every
 /// requested output is written completely. Returns the first error of a launch.
-cudaError_t launch(const AttentionForward& params, const Device& device, void* workspace, cudaStream_t stream);
-cudaError_t launch(const AttentionBackward& params, const Device& device, void* workspace, cudaStream_t stream);
+cudaError_t launch(const AttentionForward& params, const Device& device, void* workspace,
+                   cudaStream_t stream);
+cudaError_t launch(const AttentionBackward& params, const Device& device, void* workspace,
+                   cudaStream_t stream);
 cudaError_t launch(const ConvForward& params, const Device& device, void* workspace, cudaStream_t stream);
 cudaError_t launch(const ConvBackward& params, const Device& device, void* workspace, cudaStream_t stream);
 
@@ -45,8 +47,10 @@ std::int64_t workspace_bytes(const AttentionForward& params, const Device& devic
 std::int64_t workspace_bytes(const AttentionBackward& params, const Device& device);
 std::int64_t workspace_bytes(const ConvForward& params, const Device& device);
 std::int64_t workspace_bytes(const ConvBackward& params, const Device& device);
-cudaError_t launch(const AttentionForward& params, const Device& device, void* workspace, cudaStream_t stream);
-cudaError_t launch(const AttentionBackward& params, const Device& device, void* workspace, cudaStream_t stream);
+cudaError_t launch(const AttentionForward& params, const Device& device, void* workspace,
+                   cudaStream_t stream);
+cudaError_t launch(const AttentionBackward& params, const Device& device, void* workspace,
+                   cudaStream_t stream);
 cudaError_t launch(const ConvForward& params, const Device& device, void* workspace, cudaStream_t stream);
 cudaError_t launch(const ConvBackward& params, const Device& device, void* workspace, cudaStream_t stream);
 }  // namespace general

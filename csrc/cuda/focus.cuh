@@ -1,0 +1,185 @@
+// The mapping phi_p and its gradient, row by row.
+//
+// With y = (relu(x + bias) + eps) / scale and z = y / max(y), phi = gain * z^p, gain = max(y) |z| / |z^p|.
+// Dividing by the largest entry first means no power overflows and |z^p| is at least 1.
+#pragma once
+
+#include <cfloat>
+
+#include "tiles.cuh"
+
+namespace flatten::cuda {
+
+template <class A>
+struct Power {
+  int whole;  // p if it is 1, 2, 3 or 4, else 0
+  A p;
+
+  __device__ __forceinline__ A general(A z, A exponent) const {
+    if constexpr (std::is_same_v<A, double>) {
+      return pow(z, exponent);
+    } else {
+      return powf(z, exponent);
+    }
+  }
+
+  /// z^p
+  __device__ __forceinline__ A operator()(A z) const {
+    if (whole == 0) return general(z, p);
+    const A square = z * z;
+    return whole == 3 ? square * z : whole == 2 ? square : whole == 1 ? z : square * square;
+  }
+
+  /// p z^(p - 1)
+  __device__ __forceinline__ A slope(A z) const {
+    if (whole == 0) return p * general(z, p - 1);
+    const A square = z * z;
+    return p * (whole == 3 ? square : whole == 2 ? z : whole == 1 ? A(1) : square * z);
+  }
+};
+
+/// Channels of `scale` whose inverse a block keeps in shared memory; further ones are divided by in place.
+inline constexpr int kStagedScale = 1024;
+
+__host__ __device__ constexpr int staged_scale(int channels) {
+  return channels < kStagedScale ? (channels + 3) / 4 * 4 : kStagedScale;
+}
+
+template <class T>
+struct Focus {
+  using A = Acc<T>;
+
+  Mapping mapping;
+  Power<A> power;
+  A eps;
+  const A* inverse_scale;  // shared memory, staged_scale(channels) elements
+  int channels;
+  bool bias_vector;  // key_bias can be read in vectors
+
+  __device__ Focus(const AttentionInputs& in, int channels, bool bias_vector, A* shared)
+      : mapping(in.mapping),
+        power{0, static_cast<A>(in.mapping.focusing_factor)},
+        eps(static_cast<A>(in.eps)),
+        inverse_scale(shared),
+        channels(channels),
+        bias_vector(bias_vector) {
+    const A p = power.p;
+    power.whole = p == 1 || p == 2 || p == 3 || p == 4 ? static_cast<int>(p) : 0;
+    for (int c = threadIdx.x; c < staged_scale(channels); c += kThreads) {
+      shared[c] = mapping.scale.data && c < channels ? 1 / load_parameter<T>(mapping.scale, c) : A(1);
+    }
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ A scale_at(int c) const {
+    if (c < kStagedScale) return inverse_scale[c];
+    return mapping.scale.data ? 1 / load_parameter<T>(mapping.scale, c) : A(1);
+  }
+
+  /// x + key_bias for N adjacent channels, if the rows are keys.
+  template <int N>
+  __device__ __forceinline__ void add_bias(bool keys, int local, int c, A (&x)[N]) const {
+    if (!keys || !mapping.key_bias.data) return;
+    const std::int64_t at = static_cast<std::int64_t>(local) * channels + c;
+    if (N > 1 && bias_vector && c < channels) {
+      A bias[N];
+      load_parameter_pack<N, T>(mapping.key_bias, at, bias);
+#pragma unroll
+      for (int j = 0; j < N; ++j) x[j] += bias[j];
+    } else {
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        if (c + j < channels) x[j] += load_parameter<T>(mapping.key_bias, at + j);
+      }
+    }
+  }
+
+  /// y of one biased entry. NaN stays NaN.
+  __device__ __forceinline__ A positive(A x, int c) const { return ((x < 0 ? A(0) : x) + eps) * scale_at(c); }
+
+  template <int N>
+  __device__ void row_pass(const Reader<T>& in, bool keys, int token, int local, A& largest, A inverse,
+                           A& sum_y, A& sum_p, bool second) const {
+    for (int c = threadIdx.x % 32 * N; c < channels; c += 32 * N) {
+      A x[N];
+      load_pack<N>(in.row(token) + c, x);
+      add_bias(keys, local, c, x);
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const A y = positive(x[j], c + j);
+        if (second) {
+          const A z = y * inverse, zp = power(z);
+          sum_y += z * z;
+          sum_p += zp * zp;
+        } else {
+          largest = max(largest, y);
+        }
+      }
+    }
+  }
+
+  /// Fills in the norms of the first `slots` rows, a warp to a row. Synchronises before and after.
+  __device__ void measure(const Reader<T>& in, bool keys, const Rows<A>& rows, int slots) const {
+    constexpr A smallest = std::is_same_v<A, double> ? A(DBL_MIN) : A(FLT_MIN);
+    __syncthreads();
+    for (int slot = threadIdx.x / 32; slot < slots; slot += kWarps) {
+      const int token = rows.token[slot], local = rows.local[slot];
+      A largest = 0, inverse = 1, sum_y = 0, sum_p = 0, gain = 1;
+      if (mapping.focused && token >= 0) {
+        for (int pass = 0; pass < 2; ++pass) {
+          if (in.vector) {
+            row_pass<kVector<T>>(in, keys, token, local, largest, inverse, sum_y, sum_p, pass == 1);
+          } else {
+            row_pass<1>(in, keys, token, local, largest, inverse, sum_y, sum_p, pass == 1);
+          }
+          if (pass == 0) {
+            for (int lanes = 16; lanes > 0; lanes /= 2) {
+              largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
+            }
+            // A row of zeros (eps = 0) has no direction: it maps to zeros.
+            inverse = largest >= smallest ? 1 / largest : A(0);
+          }
+        }
+        for (int lanes = 16; lanes > 0; lanes /= 2) {
+          sum_y += __shfl_xor_sync(0xffffffffu, sum_y, lanes);
+          sum_p += __shfl_xor_sync(0xffffffffu, sum_p, lanes);
+        }
+        gain = inverse > 0 ? largest * sqrt(sum_y / sum_p) : A(0);
+      }
+      if (threadIdx.x % 32 == 0) {
+        rows.inverse[slot] = inverse;
+        rows.gain[slot] = gain;
+        rows.inverse_y[slot] = sum_y > 0 ? 1 / sum_y : A(0);
+        rows.inverse_p[slot] = sum_p > 0 ? 1 / sum_p : A(0);
+      }
+    }
+    __syncthreads();
+  }
+
+  /// z^p for N adjacent channels of one row, from x.
+  template <int N>
+  __device__ __forceinline__ void map(bool keys, const Rows<A>& rows, int slot, int c, A (&x)[N]) const {
+    if (!mapping.focused) return;
+    add_bias(keys, rows.local[slot], c, x);
+    const A inverse = rows.inverse[slot];
+#pragma unroll
+    for (int j = 0; j < N; ++j) x[j] = power(positive(x[j], c + j) * inverse);
+  }
+
+  /// The gradient of x at one entry. With dot = e . z^p over the row,
+  ///   d loss / d y = factor * (p z^(p-1) (e - z^p dot / |z^p|^2) + z dot / |z|^2),
+  /// where e = d loss / d phi goes with factor = gain / max(y), and e = gain * d loss / d phi with 1 /
+  /// max(y). Adds d loss / d y * y, the share of scale's gradient, to `scale_sum`.
+  __device__ __forceinline__ A gradient(A x, int c, A e, A dot, A factor, const Rows<A>& rows, int slot,
+                                        A& scale_sum) const {
+    if (!mapping.focused) return e;
+    const A y = positive(x, c), z = y * rows.inverse[slot];
+    const A zp = power(z);
+    const A dy =
+        factor * (power.slope(z) * (e - zp * dot * rows.inverse_p[slot]) + z * dot * rows.inverse_y[slot]);
+    scale_sum += dy * y;
+    return x > 0 ? dy * scale_at(c) : A(0);
+  }
+};
+
+}  // namespace flatten::cuda

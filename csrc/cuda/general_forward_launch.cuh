@@ -1,0 +1,39 @@
+// Launches of the general forward for one dtype; each general_forward_*.cu instantiates one.
+#pragma once
+
+#include "general_calls.h"
+#include "general_forward.cuh"
+#include "launch_kernel.cuh"
+#include "reduce.cuh"
+
+namespace flatten::cuda::general {
+
+template <class T, int K>
+cudaError_t launch_forward_taps(const ForwardCall& call, cudaStream_t stream) {
+  using A = Acc<T>;
+  using Shared = ForwardShared<A>;
+  const Plan& plan = call.plan;
+  const std::int64_t pairs = call.params.geometry.batch * plan.windows;
+  if (call.small) {
+    return launch_kernel(attend_small<T, K>, call, pairs * call.keys.groups,
+                         Shared::template small<K>(plan, call.queries.tiling) * sizeof(A), stream);
+  }
+  cudaError_t error = launch_kernel(sum_keys<T>, call, pairs * call.keys.groups * call.keys.chunks,
+                                    Shared::keys(plan) * sizeof(A), stream);
+  if (error == cudaSuccess && call.keys.chunks > 1) {
+    const PartialSums<A> sums{static_cast<A*>(call.state), static_cast<const A*>(call.partials), plan.state(),
+                              call.keys.chunks, A(plan.inverse_keys)};
+    error = launch_kernel(sum_partials<A>, sums, pairs * sums.blocks_per_pair(), 0, stream);
+  }
+  if (error != cudaSuccess || call.state_only) return error;
+  return launch_kernel(attend<T, K>, call, pairs * call.queries.groups * call.queries.chunks,
+                       Shared::template queries<K>(plan, call.queries.tiling) * sizeof(A), stream);
+}
+
+template <class T>
+cudaError_t launch_forward(const ForwardCall& call, cudaStream_t stream) {
+  return with_taps<T>(call.params.taps,
+                      [&](auto taps) { return launch_forward_taps<T, decltype(taps)::value>(call, stream); });
+}
+
+}  // namespace flatten::cuda::general

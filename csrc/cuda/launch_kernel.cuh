@@ -1,0 +1,48 @@
+// What every launch needs: dynamic shared memory above 48 KiB, and the taps as a template argument.
+#pragma once
+
+#include <type_traits>
+
+#include "taps.cuh"
+
+namespace flatten::cuda {
+
+template <class Call>
+cudaError_t launch_kernel(void (*kernel)(Call), const Call& call, std::int64_t blocks,
+                          std::size_t shared_bytes, cudaStream_t stream) {
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<static_cast<unsigned>(blocks), kThreads, shared_bytes, stream>>>(call);
+  return cudaGetLastError();
+}
+
+/// Which instantiation takes a kernel size: 3, 5 and 7 are staged; float64 and other sizes are not.
+template <class T>
+constexpr int taps_case(const Taps& taps) {
+  const bool square = taps.kernel_h == taps.kernel_w && taps.kernel_h >= 3 && taps.kernel_h <= 7;
+  return std::is_same_v<T, double> || (taps.weight.data && !square) ? kAnyTaps
+         : taps.weight.data                                         ? static_cast<int>(taps.kernel_h)
+                                                                    : 3;
+}
+
+template <class T, class F>
+cudaError_t with_taps(const Taps& taps, F&& launch) {
+  if constexpr (!std::is_same_v<T, double>) {
+    switch (taps_case<T>(taps)) {
+      case 3:
+        return launch(std::integral_constant<int, 3>());
+      case 5:
+        return launch(std::integral_constant<int, 5>());
+      case 7:
+        return launch(std::integral_constant<int, 7>());
+    }
+  }
+  return launch(std::integral_constant<int, kAnyTaps>());
+}
+
+}  // namespace flatten::cuda
