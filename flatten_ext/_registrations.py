@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -140,6 +141,14 @@ class _Backward(_SingleLevelFunction):
         return None, None, None, None, *(next(second) if need else None for need in needed)
 
 
+def _apply(function: type[_SingleLevelFunction], *args):
+    """function.apply; inside torch.func's transforms, which dispatch to us one level at a time, with leave."""
+    if not torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    with enable_single_level_autograd_function():
+        return function.apply(*args)
+
+
 def _own_node(t: Tensor | None) -> Tensor | None:
     """The same values as a node of their own, so that q = k = v still has three gradients."""
     if t is None:
@@ -182,7 +191,7 @@ def _attention_autograd(
     if _in_forward_mode():
         return _attention_reference(tensors, options)
     if _records(*tensors):
-        return _Forward.apply(_ATTENTION, options, *tensors)
+        return _apply(_Forward, _ATTENTION, options, *tensors)
     with _below_autograd():
         return _ops.attention.default.redispatch(
             keyset & _after_autograd, *_attention_arguments(tensors, options)
@@ -197,7 +206,7 @@ def _linear_attention_autograd(
     if _in_forward_mode():
         return _attention_reference(tensors, options)
     if _records(*tensors):
-        return _Forward.apply(_ATTENTION, options, *tensors)
+        return _apply(_Forward, _ATTENTION, options, *tensors)
     with _below_autograd():
         return _ops.linear_attention.default.redispatch(
             keyset & _after_autograd, q, k, v, num_heads, dwc_weight, dwc_bias, size, window, shift, eps
@@ -209,7 +218,7 @@ def _conv_autograd(keyset, x, weight, bias, size, window=None, shift=None):
     if _in_forward_mode():
         return _CONV.reference(tensors, options)
     if _records(*tensors):
-        return _Forward.apply(_CONV, options, *tensors)
+        return _apply(_Forward, _CONV, options, *tensors)
     with _below_autograd():
         return _ops.depthwise_conv.default.redispatch(keyset & _after_autograd, *tensors, *options)
 
@@ -223,7 +232,7 @@ def _attention_backward_autograd(
     if _in_forward_mode():
         return list(_reference_gradients(_ATTENTION, options, output_mask, grad_out, tensors))
     if _records(grad_out, *tensors):
-        return list(_Backward.apply(_ATTENTION, options, output_mask, state, grad_out, *tensors))
+        return list(_apply(_Backward, _ATTENTION, options, output_mask, state, grad_out, *tensors))
     with _below_autograd():
         return _ops.attention_backward.default.redispatch(
             keyset & _after_autograd, grad_out, *_attention_arguments(tensors, options), state, output_mask
@@ -235,7 +244,7 @@ def _conv_backward_autograd(keyset, grad_out, x, weight, bias, size, window, shi
     if _in_forward_mode():
         return list(_reference_gradients(_CONV, options, output_mask, grad_out, tensors))
     if _records(grad_out, *tensors):
-        return list(_Backward.apply(_CONV, options, output_mask, None, grad_out, *tensors))
+        return list(_apply(_Backward, _CONV, options, output_mask, None, grad_out, *tensors))
     with _below_autograd():
         return _ops.depthwise_conv_backward.default.redispatch(
             keyset & _after_autograd, grad_out, *tensors, *options, output_mask
@@ -285,31 +294,36 @@ def _register_vmap(name: str, tokens: int, state: int | None = None, mask: int |
     batch-major) are mapped and no parameter's gradient is asked for; else runs sample by sample."""
     op = getattr(_ops, name).default
 
+    def mapped(outputs):
+        """Tensors with the mapped dimension in front, in the container the operator returns, and their dims."""
+        if len(op._schema.returns) > 1:
+            return tuple(outputs), (0,) * len(outputs)
+        return list(outputs), [0] * len(outputs)
+
     def rule(info, in_dims, *args):
+        dims = [d if isinstance(d, int) else None for d in in_dims]  # lists of numbers have lists of None
+
         def folds(i: int) -> bool:
             return i < tokens or i == state
 
-        only_tokens = all(dim is None or folds(i) for i, dim in enumerate(in_dims))
+        only_tokens = all(d is None or folds(i) for i, d in enumerate(dims))
         if not only_tokens or (mask is not None and any(args[mask][tokens - 1 :])):
             samples = [
-                op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+                op(*(a if d is None else a.select(d, i) for a, d in zip(args, dims, strict=True)))
                 for i in range(info.batch_size)
             ]
             if isinstance(samples[0], Tensor):
                 return torch.stack(samples), 0
-            stacked = [torch.stack(outputs) for outputs in zip(*samples, strict=True)]
-            return (stacked if mask is not None else tuple(stacked)), [0] * len(stacked)
+            return mapped([torch.stack(outputs) for outputs in zip(*samples, strict=True)])
 
-        def fold(t: Tensor, dim: int | None) -> Tensor:
-            t = t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+        def fold(t: Tensor, d: int | None) -> Tensor:
+            t = t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
             return t.flatten(0, 1)
 
-        folded = [fold(a, d) if folds(i) else a for i, (a, d) in enumerate(zip(args, in_dims, strict=True))]
-        result = op(*folded)
+        result = op(*(fold(a, d) if folds(i) else a for i, (a, d) in enumerate(zip(args, dims, strict=True))))
         if isinstance(result, Tensor):
             return result.unflatten(0, (info.batch_size, -1)), 0
-        outputs = [t.unflatten(0, (info.batch_size, t.shape[0] // info.batch_size)) for t in result]
-        return (outputs if mask is not None else tuple(outputs)), [0] * len(outputs)
+        return mapped([t.unflatten(0, (info.batch_size, t.shape[0] // info.batch_size)) for t in result])
 
     torch.library.register_vmap(f"flatten::{name}", rule, lib=_library)
 
