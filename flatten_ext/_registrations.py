@@ -44,7 +44,7 @@ class _Family:
     """How autograd runs an operator whose arguments are split into `tensors`, which have gradients, in schema
     order, and `options`, which have none."""
 
-    forward: Callable  # (tensors, options) -> out, state
+    forward: Callable  # (tensors, options, save_state) -> out, state or None
     backward: Callable  # (grad_out, tensors, options, state, mask) -> the gradients in mask
     reference: Callable  # (tensors, options) -> out, differentiable in any mode
 
@@ -63,11 +63,6 @@ def _worth_saving(q: Tensor, k: Tensor, num_heads: int, window: Sequence[int] | 
     return statically_known_true(state_bytes <= _STATE_BUDGET * 3 * per_window * q.element_size())
 
 
-def _attention_forward_with_state(tensors, options):
-    save = _worth_saving(tensors[0], tensors[1], options[0], options[2])
-    return _ops.attention_forward.default(*_attention_arguments(tensors, options), save)
-
-
 def _attention_reference(tensors, options):
     q, k, v, num_heads, *parameters, size, window, shift, focusing_factor, eps = _attention_arguments(
         tensors, options
@@ -78,7 +73,9 @@ def _attention_reference(tensors, options):
 
 
 _ATTENTION = _Family(
-    forward=_attention_forward_with_state,
+    forward=lambda tensors, options, save_state: _ops.attention_forward.default(
+        *_attention_arguments(tensors, options), save_state
+    ),
     backward=lambda grad_out, tensors, options, state, mask: _ops.attention_backward.default(
         grad_out, *_attention_arguments(tensors, options), state, mask
     ),
@@ -86,7 +83,7 @@ _ATTENTION = _Family(
 )
 
 _CONV = _Family(
-    forward=lambda tensors, options: (_ops.depthwise_conv.default(*tensors, *options), None),
+    forward=lambda tensors, options, save_state: (_ops.depthwise_conv.default(*tensors, *options), None),
     backward=lambda grad_out, tensors, options, state, mask: _ops.depthwise_conv_backward.default(
         grad_out, *tensors, *options, mask
     ),
@@ -96,22 +93,25 @@ _CONV = _Family(
 
 # ----------------------------------------------------------------------------------------------- autograd
 class _Forward(_SingleLevelFunction):
-    """First derivatives, by the kernels."""
+    """First derivatives, by the kernels. Returns what family.forward returns."""
 
     @staticmethod
-    def forward(ctx, family, options, *tensors):
-        with _below_autograd():
-            out, state = family.forward(tensors, options)
+    def forward(ctx, family, options, save_state, *tensors):
+        # Autograd is off for this level by its dispatch keys; grad mode is on for torch.func's levels below.
+        with _below_autograd(), torch.enable_grad():
+            out, state = family.forward(tensors, options, save_state)
         ctx.family, ctx.options = family, options
         ctx.save_for_backward(state, *tensors)
-        return out
+        if state is not None:
+            ctx.mark_non_differentiable(state)
+        return out, state
 
     @staticmethod
-    def backward(ctx, grad_out):
+    def backward(ctx, grad_out, grad_state):
         state, *tensors = ctx.saved_tensors
-        mask = ctx.needs_input_grad[2:]
+        mask = ctx.needs_input_grad[3:]
         gradients = iter(ctx.family.backward(grad_out, tensors, ctx.options, state, list(mask)))
-        return None, None, *(next(gradients) if wanted else None for wanted in mask)
+        return None, None, None, *(next(gradients) if wanted else None for wanted in mask)
 
 
 class _Backward(_SingleLevelFunction):
@@ -119,7 +119,7 @@ class _Backward(_SingleLevelFunction):
 
     @staticmethod
     def forward(ctx, family, options, mask, state, grad_out, *tensors):
-        with _below_autograd():
+        with _below_autograd(), torch.enable_grad():
             gradients = family.backward(grad_out, tensors, options, state, mask)
         ctx.family, ctx.options, ctx.mask = family, options, mask
         ctx.save_for_backward(grad_out, *tensors)
@@ -191,7 +191,7 @@ def _attention_autograd(
     if _in_forward_mode():
         return _attention_reference(tensors, options)
     if _records(*tensors):
-        return _apply(_Forward, _ATTENTION, options, *tensors)
+        return _apply(_Forward, _ATTENTION, options, _worth_saving(q, k, num_heads, window), *tensors)[0]
     with _below_autograd():
         return _ops.attention.default.redispatch(
             keyset & _after_autograd, *_attention_arguments(tensors, options)
@@ -206,7 +206,7 @@ def _linear_attention_autograd(
     if _in_forward_mode():
         return _attention_reference(tensors, options)
     if _records(*tensors):
-        return _apply(_Forward, _ATTENTION, options, *tensors)
+        return _apply(_Forward, _ATTENTION, options, _worth_saving(q, k, num_heads, window), *tensors)[0]
     with _below_autograd():
         return _ops.linear_attention.default.redispatch(
             keyset & _after_autograd, q, k, v, num_heads, dwc_weight, dwc_bias, size, window, shift, eps
@@ -218,9 +218,24 @@ def _conv_autograd(keyset, x, weight, bias, size, window=None, shift=None):
     if _in_forward_mode():
         return _CONV.reference(tensors, options)
     if _records(*tensors):
-        return _apply(_Forward, _CONV, options, *tensors)
+        return _apply(_Forward, _CONV, options, False, *tensors)[0]
     with _below_autograd():
         return _ops.depthwise_conv.default.redispatch(keyset & _after_autograd, *tensors, *options)
+
+
+def _attention_forward_autograd(
+    keyset, q, k, v, num_heads, scale, key_bias, dwc_weight, dwc_bias, size, window, shift,
+    focusing_factor, eps, save_state,
+):  # fmt: skip
+    # Reached from _Forward, one torch.func level further down, or by a direct call.
+    tensors = (q, k, v, scale, key_bias, dwc_weight, dwc_bias)
+    options = (num_heads, size, window, shift, focusing_factor, eps)
+    if _records(*tensors):
+        return _apply(_Forward, _ATTENTION, options, save_state, *tensors)
+    with _below_autograd():
+        return _ops.attention_forward.default.redispatch(
+            keyset & _after_autograd, *_attention_arguments(tensors, options), save_state
+        )
 
 
 def _attention_backward_autograd(
@@ -254,6 +269,7 @@ def _conv_backward_autograd(keyset, grad_out, x, weight, bias, size, window, shi
 _library.impl("attention", _attention_autograd, "Autograd", with_keyset=True)
 _library.impl("linear_attention", _linear_attention_autograd, "Autograd", with_keyset=True)
 _library.impl("depthwise_conv", _conv_autograd, "Autograd", with_keyset=True)
+_library.impl("attention_forward", _attention_forward_autograd, "Autograd", with_keyset=True)
 _library.impl("attention_backward", _attention_backward_autograd, "Autograd", with_keyset=True)
 _library.impl("depthwise_conv_backward", _conv_backward_autograd, "Autograd", with_keyset=True)
 
