@@ -32,7 +32,9 @@ _ops = torch.ops.flatten
 _library = torch.library.Library("flatten", "IMPL")
 _after_autograd = torch._C._after_autograd_keyset
 _below_autograd = torch._C._AutoDispatchBelowAutograd
-_autograd_keys = DispatchKeySet(DispatchKey.AutogradFunctionality) | DispatchKeySet(DispatchKey.ADInplaceOrView)
+_autograd_keys = DispatchKeySet(DispatchKey.AutogradFunctionality) | DispatchKeySet(
+    DispatchKey.ADInplaceOrView
+)
 
 # What is saved for backward beside q, k and v may add this much memory; beyond it S and m are computed again.
 _STATE_BUDGET = 0.05
@@ -128,17 +130,42 @@ class _Backward(_SingleLevelFunction):
     @staticmethod
     def backward(ctx, *grad_gradients):
         needed = ctx.needs_input_grad[4:]
-        create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            grad_out, *tensors = (_own_node(t) for t in ctx.saved_tensors)
-            first = _reference_gradients(ctx.family, ctx.options, ctx.mask, grad_out, tensors)
-            wanted = [t for t, need in zip((grad_out, *tensors), needed, strict=True) if need]
-            second = iter(
-                torch.autograd.grad(
-                    first, wanted, grad_gradients, create_graph=create_graph, materialize_grads=True
-                )
-            )
+        saved = ctx.saved_tensors
+
+        def first(*wanted):
+            grad_out, *tensors = _replace(saved, needed, wanted)
+            return _reference_gradients(ctx.family, ctx.options, ctx.mask, grad_out, tensors)
+
+        second = iter(_vjp(first, _select(saved, needed), grad_gradients))
         return None, None, None, None, *(next(second) if need else None for need in needed)
+
+
+def _reference_gradients(family: _Family, options, mask, grad_out: Tensor, tensors) -> tuple[Tensor, ...]:
+    """The gradients in `mask` through the reference, differentiable again."""
+    return _vjp(
+        lambda *wanted: family.reference(_replace(tensors, mask, wanted), options),
+        _select(tensors, mask),
+        grad_out,
+    )
+
+
+def _vjp(function: Callable, inputs: Sequence[Tensor], cotangents) -> tuple[Tensor, ...]:
+    """Vector-Jacobian product that nests with autograd and torch.func at any depth. Autograd's keys may be
+    switched off here, as inside every kernel; they are needed for the while."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded - _autograd_keys):
+        return torch.func.vjp(function, *inputs)[1](cotangents)
+
+
+def _select(tensors: Sequence, mask: Sequence[bool]) -> list:
+    return [t for t, asked in zip(tensors, mask, strict=True) if asked]
+
+
+def _replace(tensors: Sequence, mask: Sequence[bool], values: Sequence) -> list:
+    """`tensors` with those in `mask` replaced by `values`, in order."""
+    remaining = iter(values)
+    return [next(remaining) if asked else t for t, asked in zip(tensors, mask, strict=True)]
 
 
 def _apply(function: type[_SingleLevelFunction], *args):
@@ -147,30 +174,6 @@ def _apply(function: type[_SingleLevelFunction], *args):
         return function.apply(*args)
     with enable_single_level_autograd_function():
         return function.apply(*args)
-
-
-def _own_node(t: Tensor | None) -> Tensor | None:
-    """The same values as a node of their own, so that q = k = v still has three gradients."""
-    if t is None:
-        return None
-    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
-
-
-def _reference_gradients(family: _Family, options, mask, grad_out: Tensor, tensors) -> tuple[Tensor, ...]:
-    """The gradients in `mask` through the reference, differentiable again."""
-    with _above_autograd(), torch.enable_grad():
-        tensors = [_own_node(t) for t in tensors]
-        wanted = [t for t, asked in zip(tensors, mask, strict=True) if asked]
-        out = family.reference(tensors, options)
-        return torch.autograd.grad(out, wanted, grad_out, create_graph=True, materialize_grads=True)
-
-
-def _above_autograd():
-    """Lets operations record again inside a kernel, where torch has switched autograd's keys off."""
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    return torch._C._ForceDispatchKeyGuard(
-        torch._C._dispatch_tls_local_include_set(), excluded - _autograd_keys
-    )
 
 
 def _in_forward_mode() -> bool:
