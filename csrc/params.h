@@ -105,7 +105,7 @@ struct AttentionInputs {
 struct AttentionForward : AttentionInputs {
   MutableTokens out;
   /// Where to leave S and m for the backward pass, in the accumulate dtype, or null:
-  /// state_elements() numbers whose layout is the device's own.
+  /// state_elements() numbers, batch by batch; the layout within a batch is the device's own.
   void* state = nullptr;
 };
 

@@ -7,6 +7,7 @@ put in a transformer block, `flatten_ext.models` the published models (needs tim
 import importlib
 from typing import Any
 
+from . import _autograd as _autograd
 from . import _load  # first: registers torch.ops.flatten
 from . import _registrations as _registrations
 from .nn import FocusedLinearAttention

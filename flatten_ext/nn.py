@@ -131,7 +131,8 @@ class FocusedLinearAttention(nn.Module):
         side = math.isqrt(tokens - self.num_prefix_tokens)
         if side * side != tokens - self.num_prefix_tokens:
             raise ValueError(
-                f"x has {tokens} tokens, {self.num_prefix_tokens} of them prefix: no square map; pass size=(H, W)"
+                f"x has {tokens} tokens, {self.num_prefix_tokens} of them prefix, which are no square map: "
+                "pass size=(H, W)"
             )
         return [side, side]
 

@@ -119,12 +119,12 @@ def linear_attention(
     """`torch.ops.flatten.linear_attention` in plain torch; same arguments, shapes and result."""
     dtype = q.dtype
     q, k, v = _widen(q), _widen(k), _widen(v)
-    if window is None:
+    if window is None or size is None:
         out = _attend(q, k, v, num_heads, eps)
     else:
-        tiles = (to_windows(x, size, window, shift) for x in (q, k, v))
-        out = from_windows(_attend(*tiles, num_heads, eps), size, window, shift)
-    if dwc_weight is not None:
+        tiles = [to_windows(x, size, window, shift) for x in (q, k, v)]
+        out = from_windows(_attend(tiles[0], tiles[1], tiles[2], num_heads, eps), size, window, shift)
+    if dwc_weight is not None and size is not None:
         out = out + depthwise_conv(v, dwc_weight, dwc_bias, size, window, shift)
     return out.to(dtype)
 
@@ -148,7 +148,7 @@ def attention(
     dtype = q.dtype
     q, k, v = _widen(q), _widen(k), _widen(v)
     if key_bias is not None:
-        if window is not None:
+        if window is not None and size is not None:
             tiles = to_windows(k, size, window, shift) + key_bias
             k = from_windows(tiles, size, window, shift)
         else:

@@ -1,0 +1,269 @@
+"""Autograd of torch.ops.flatten: first derivatives by the kernels, further ones through the reference.
+
+    attention, linear_attention   -> attention_forward, attention_backward
+    depthwise_conv                -> depthwise_conv, depthwise_conv_backward
+    the backward operators        -> vector-Jacobian products of the plain-torch reference
+
+The stable ABI has no C++ autograd, so these kernels are Python. They are registered directly and not through
+torch.library.register_autograd, whose generic wrapper triples what a call costs. Inside a forward-mode level
+the reference runs: its operations carry tangents, a kernel would drop them silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from . import reference
+
+_ops = torch.ops.flatten
+_library = torch.library.Library("flatten", "IMPL")
+_after_autograd = torch._C._after_autograd_keyset
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_autograd_keys = DispatchKeySet(DispatchKey.AutogradFunctionality) | DispatchKeySet(
+    DispatchKey.ADInplaceOrView
+)
+
+# What is saved for backward beside q, k and v may add this much memory; beyond it S and m are computed again.
+_STATE_BUDGET = 0.05
+
+
+@dataclass(frozen=True)
+class Family:
+    """How autograd runs an operator whose arguments are split into `tensors`, which have gradients, in schema
+    order, and `options`, which have none."""
+
+    forward: Callable  # (tensors, options, save_state) -> out, state or None
+    backward: Callable  # (grad_out, tensors, options, state, mask) -> the gradients in mask
+    reference: Callable  # (tensors, options) -> out, differentiable in any mode
+
+
+def attention_arguments(tensors: Sequence[Any], options: tuple) -> tuple[Any, ...]:
+    """(q, k, v, scale, key_bias, dwc_weight, dwc_bias), options -> the arguments of attention_forward."""
+    num_heads, size, window, shift, focusing_factor, eps = options
+    return *tensors[:3], num_heads, *tensors[3:], size, window, shift, focusing_factor, eps
+
+
+def _worth_saving(q: Tensor, k: Tensor, num_heads: int, window: Sequence[int] | None) -> bool:
+    """Whether S and m stay within the budget. Under dynamic shapes, only if that holds for all of them."""
+    per_window = k.shape[1] if window is None else window[0] * window[1]
+    state_bytes = (q.shape[2] // num_heads + 1) * max(q.element_size(), 4)
+    return statically_known_true(state_bytes <= _STATE_BUDGET * 3 * per_window * q.element_size())
+
+
+def _attention_reference(tensors: Sequence[Any], options: tuple) -> Tensor:
+    if options[4] is not None:
+        return reference.attention(*attention_arguments(tensors, options))
+    q, k, v, _, _, dwc_weight, dwc_bias = tensors
+    num_heads, size, window, shift, _, eps = options
+    return reference.linear_attention(q, k, v, num_heads, dwc_weight, dwc_bias, size, window, shift, eps)
+
+
+ATTENTION = Family(
+    forward=lambda tensors, options, save_state: _ops.attention_forward.default(
+        *attention_arguments(tensors, options), save_state
+    ),
+    backward=lambda grad_out, tensors, options, state, mask: _ops.attention_backward.default(
+        grad_out, *attention_arguments(tensors, options), state, mask
+    ),
+    reference=_attention_reference,
+)
+
+CONV = Family(
+    forward=lambda tensors, options, save_state: (_ops.depthwise_conv.default(*tensors, *options), None),
+    backward=lambda grad_out, tensors, options, state, mask: _ops.depthwise_conv_backward.default(
+        grad_out, *tensors, *options, mask
+    ),
+    reference=lambda tensors, options: reference.depthwise_conv(*tensors, *options),
+)
+
+
+class _Forward(_SingleLevelFunction):
+    """First derivatives, by the kernels. Returns what family.forward returns."""
+
+    @staticmethod
+    def forward(ctx, family, options, save_state, *tensors):
+        # Autograd is off for this level by its dispatch keys; grad mode is on for torch.func's levels below.
+        with _below_autograd(), torch.enable_grad():
+            out, state = family.forward(tensors, options, save_state)
+        ctx.family, ctx.options = family, options
+        ctx.save_for_backward(state, *tensors)
+        if state is not None:
+            ctx.mark_non_differentiable(state)
+        return out, state
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_state):
+        state, *tensors = ctx.saved_tensors
+        mask = ctx.needs_input_grad[3:]
+        gradients = iter(ctx.family.backward(grad_out, tensors, ctx.options, state, list(mask)))
+        return None, None, None, *(next(gradients) if wanted else None for wanted in mask)
+
+
+class _Backward(_SingleLevelFunction):
+    """First derivatives by the kernels, their derivatives by the reference."""
+
+    @staticmethod
+    def forward(ctx, family, options, mask, state, grad_out, *tensors):
+        with _below_autograd(), torch.enable_grad():
+            gradients = family.backward(grad_out, tensors, options, state, mask)
+        ctx.family, ctx.options, ctx.mask = family, options, mask
+        ctx.save_for_backward(grad_out, *tensors)
+        return tuple(gradients)
+
+    @staticmethod
+    def backward(ctx, *grad_gradients):
+        needed = ctx.needs_input_grad[4:]
+        saved = ctx.saved_tensors
+
+        def first(*wanted):
+            grad_out, *tensors = _replace(saved, needed, wanted)
+            return reference_gradients(ctx.family, ctx.options, ctx.mask, grad_out, tensors)
+
+        second = iter(_vjp(first, _select(saved, needed), grad_gradients))
+        return None, None, None, None, *(next(second) if need else None for need in needed)
+
+
+def reference_gradients(family: Family, options, mask, grad_out: Tensor, tensors) -> tuple[Tensor, ...]:
+    """The gradients in `mask` through the reference, differentiable again."""
+    return _vjp(
+        lambda *wanted: family.reference(_replace(tensors, mask, wanted), options),
+        _select(tensors, mask),
+        grad_out,
+    )
+
+
+def _vjp(function: Callable, inputs: Sequence[Tensor], cotangents) -> tuple[Tensor, ...]:
+    """Vector-Jacobian product that nests with autograd and torch.func at any depth. Autograd's keys may be
+    switched off here, as inside every kernel; they are needed for the while."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded - _autograd_keys):
+        return torch.func.vjp(function, *inputs)[1](cotangents)
+
+
+def _select(tensors: Sequence, mask: Sequence[bool]) -> list:
+    return [t for t, asked in zip(tensors, mask, strict=True) if asked]
+
+
+def _replace(tensors: Sequence, mask: Sequence[bool], values: Sequence) -> list:
+    """`tensors` with those in `mask` replaced by `values`, in order."""
+    remaining = iter(values)
+    return [next(remaining) if asked else t for t, asked in zip(tensors, mask, strict=True)]
+
+
+def _apply(function: Any, *args):
+    """function.apply, with leave inside torch.func's transforms: they dispatch to us one level at a time."""
+    if not torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    with enable_single_level_autograd_function():
+        return function.apply(*args)
+
+
+def _in_forward_mode() -> bool:
+    return forward_ad._current_level >= 0
+
+
+def _records(*tensors: Tensor | None) -> bool:
+    return torch._C.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+
+
+def _attention_autograd(
+    keyset, q, k, v, num_heads, scale=None, key_bias=None, dwc_weight=None, dwc_bias=None,
+    size=None, window=None, shift=None, focusing_factor=3.0, eps=1e-6,
+):  # fmt: skip
+    tensors = (q, k, v, scale, key_bias, dwc_weight, dwc_bias)
+    options = (num_heads, size, window, shift, focusing_factor, eps)
+    if _in_forward_mode():
+        return _attention_reference(tensors, options)
+    if _records(*tensors):
+        return _apply(_Forward, ATTENTION, options, _worth_saving(q, k, num_heads, window), *tensors)[0]
+    with _below_autograd():
+        return _ops.attention.default.redispatch(
+            keyset & _after_autograd, *attention_arguments(tensors, options)
+        )
+
+
+def _linear_attention_autograd(
+    keyset, q, k, v, num_heads, dwc_weight=None, dwc_bias=None, size=None, window=None, shift=None, eps=1e-6
+):
+    tensors = (q, k, v, None, None, dwc_weight, dwc_bias)
+    options = (num_heads, size, window, shift, None, eps)
+    if _in_forward_mode():
+        return _attention_reference(tensors, options)
+    if _records(*tensors):
+        return _apply(_Forward, ATTENTION, options, _worth_saving(q, k, num_heads, window), *tensors)[0]
+    with _below_autograd():
+        return _ops.linear_attention.default.redispatch(
+            keyset & _after_autograd, q, k, v, num_heads, dwc_weight, dwc_bias, size, window, shift, eps
+        )
+
+
+def _conv_autograd(keyset, x, weight, bias, size, window=None, shift=None):
+    tensors, options = (x, weight, bias), (size, window, shift)
+    if _in_forward_mode():
+        return CONV.reference(tensors, options)
+    if _records(*tensors):
+        return _apply(_Forward, CONV, options, False, *tensors)[0]
+    with _below_autograd():
+        return _ops.depthwise_conv.default.redispatch(keyset & _after_autograd, *tensors, *options)
+
+
+def _attention_forward_autograd(
+    keyset, q, k, v, num_heads, scale, key_bias, dwc_weight, dwc_bias, size, window, shift,
+    focusing_factor, eps, save_state,
+):  # fmt: skip
+    # Reached from _Forward, one torch.func level further down, or by a direct call.
+    tensors = (q, k, v, scale, key_bias, dwc_weight, dwc_bias)
+    options = (num_heads, size, window, shift, focusing_factor, eps)
+    if _records(*tensors):
+        return _apply(_Forward, ATTENTION, options, save_state, *tensors)
+    with _below_autograd():
+        return _ops.attention_forward.default.redispatch(
+            keyset & _after_autograd, *attention_arguments(tensors, options), save_state
+        )
+
+
+def _attention_backward_autograd(
+    keyset, grad_out, q, k, v, num_heads, scale, key_bias, dwc_weight, dwc_bias, size, window, shift,
+    focusing_factor, eps, state, output_mask,
+):  # fmt: skip
+    tensors = (q, k, v, scale, key_bias, dwc_weight, dwc_bias)
+    options = (num_heads, size, window, shift, focusing_factor, eps)
+    if _in_forward_mode():
+        return list(reference_gradients(ATTENTION, options, output_mask, grad_out, tensors))
+    if _records(grad_out, *tensors):
+        return list(_apply(_Backward, ATTENTION, options, output_mask, state, grad_out, *tensors))
+    with _below_autograd():
+        return _ops.attention_backward.default.redispatch(
+            keyset & _after_autograd, grad_out, *attention_arguments(tensors, options), state, output_mask
+        )
+
+
+def _conv_backward_autograd(keyset, grad_out, x, weight, bias, size, window, shift, output_mask):
+    tensors, options = (x, weight, bias), (size, window, shift)
+    if _in_forward_mode():
+        return list(reference_gradients(CONV, options, output_mask, grad_out, tensors))
+    if _records(grad_out, *tensors):
+        return list(_apply(_Backward, CONV, options, output_mask, None, grad_out, *tensors))
+    with _below_autograd():
+        return _ops.depthwise_conv_backward.default.redispatch(
+            keyset & _after_autograd, grad_out, *tensors, *options, output_mask
+        )
+
+
+_library.impl("attention", _attention_autograd, "Autograd", with_keyset=True)
+_library.impl("linear_attention", _linear_attention_autograd, "Autograd", with_keyset=True)
+_library.impl("depthwise_conv", _conv_autograd, "Autograd", with_keyset=True)
+_library.impl("attention_forward", _attention_forward_autograd, "Autograd", with_keyset=True)
+_library.impl("attention_backward", _attention_backward_autograd, "Autograd", with_keyset=True)
+_library.impl("depthwise_conv_backward", _conv_backward_autograd, "Autograd", with_keyset=True)
