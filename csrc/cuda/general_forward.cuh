@@ -5,7 +5,7 @@
 //   attend_small one window in a block: both at once, S and m in shared memory
 #pragma once
 
-#include "focus.cuh"
+#include "general_focus.cuh"
 #include "general_calls.h"
 #include "products.cuh"
 #include "state.cuh"
