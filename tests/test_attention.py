@@ -1,0 +1,301 @@
+"""torch.ops.flatten on the CPU against the float64 formula: values and gradients, every option and dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import (
+    CASES,
+    DTYPES,
+    TOLERANCE,
+    Case,
+    gradients,
+    linear_arguments,
+    oracle,
+    oracle_gradients,
+    relative_error,
+    widened,
+    with_gradients,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flatten_ext import reference
+
+attention = torch.ops.flatten.attention
+CONV_CASES = ["taps", "no-bias", "taps-3x7", "taps-larger-than-map", "per-channel", "prefix", "shifted"]
+HALF = (torch.float16, torch.bfloat16)
+
+
+def assert_close(found: dict, expected: dict, dtype: torch.dtype, floor: float = 0.0) -> None:
+    """Output within the tolerance, gradients within twice that. A gradient that cancels to almost nothing is
+    measured by `floor` times the largest one."""
+    largest = max(torch.linalg.vector_norm(value) for value in expected.values())
+    for name, value in expected.items():
+        assert torch.isfinite(found[name]).all(), name
+        norm = torch.linalg.vector_norm(value).clamp_min(floor * largest)
+        error = torch.linalg.vector_norm(found[name].double() - value) / norm
+        assert error <= TOLERANCE[dtype] * (1 if name == "out" else 2), f"{name}: {error:.2e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_matches_the_formula(name, dtype):
+    arguments = CASES[name].arguments(dtype)
+    grad_out = torch.randn_like(arguments["q"])
+    found = gradients(attention, arguments, grad_out)
+    assert found["out"].dtype == dtype
+    # With one token the weights are 1 whatever q and k are, so their gradients are rounding and eps.
+    assert_close(
+        found, oracle_gradients(arguments, grad_out), dtype, floor=1.0 if name == "one-token" else 0.0
+    )
+    with torch.no_grad():
+        assert torch.equal(attention(**arguments), found["out"])
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("name", ["taps", "shifted", "prefix", "per-channel"])
+def test_float32_parameters_beside_half_precision_tokens(name, dtype):
+    arguments = CASES[name].arguments(dtype, param_dtype=torch.float32)
+    grad_out = torch.randn_like(arguments["q"])
+    found = gradients(attention, arguments, grad_out)
+    assert_close(found, oracle_gradients(arguments, grad_out), dtype)
+    for parameter in ("scale", "key_bias", "dwc_weight", "dwc_bias"):
+        assert found[parameter].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "name", ["plain", "taps", "prefix", "cross", "shifted", "head-dim-20", "head-dim-64"]
+)
+def test_linear_attention(name, dtype):
+    arguments = linear_arguments(CASES[name].arguments(dtype))
+    grad_out = torch.randn_like(arguments["q"])
+    expected = gradients(reference.linear_attention, widened(arguments), grad_out.double())
+    assert_close(gradients(torch.ops.flatten.linear_attention, arguments, grad_out), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "name", ["taps", "no-bias", "taps-3x7", "taps-larger-than-map", "per-channel", "prefix", "shifted"]
+)
+def test_depthwise_conv(name, dtype):
+    case = CASES[name].arguments(dtype)
+    arguments = {"x": case["v"], "weight": case["dwc_weight"], "bias": case.get("dwc_bias")}
+    arguments |= {k: case.get(k) for k in ("size", "window", "shift")}
+    grad_out = torch.randn_like(case["v"])
+
+    def call(function, arguments, grad_out):
+        arguments = with_gradients(arguments, ("x", "weight", "bias"))
+        out = function(**arguments)
+        wanted = {k: a for k, a in arguments.items() if isinstance(a, torch.Tensor)}
+        return {
+            "out": out,
+            **dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), grad_out), strict=True)),
+        }
+
+    expected = call(reference.depthwise_conv, widened(arguments), grad_out.double())
+    assert_close(call(torch.ops.flatten.depthwise_conv, arguments, grad_out), expected, dtype)
+
+
+@pytest.mark.parametrize("name", ["p1", "p2.5", "prefix", "shifted", "per-channel"])
+def test_gradcheck_of_every_argument(name):
+    case = CASES[name]
+    small = Case(
+        size=(2, 4) if case.window else (2, 3),
+        heads=2,
+        head_dim=2,
+        batch=2,
+        prefix=min(case.prefix, 1),
+        window=(2, 2) if case.window else None,
+        shift=(1, 1) if case.shift else None,
+        kernel=(3, 3),
+        per_channel=case.per_channel,
+        p=case.p,
+    )
+    arguments = with_gradients(small.arguments(torch.float64))
+    names = [k for k, a in arguments.items() if isinstance(a, torch.Tensor)]
+
+    def function(*tensors):
+        return attention(**{**arguments, **dict(zip(names, tensors, strict=True))})
+
+    assert torch.autograd.gradcheck(function, [arguments[k] for k in names])
+
+
+@pytest.mark.parametrize("wanted", ["q", "k", "v", "scale", "key_bias", "dwc_weight", "dwc_bias"])
+def test_only_the_gradient_asked_for(wanted):
+    arguments = CASES["shifted"].arguments(torch.float64)
+    expected = oracle_gradients(arguments, torch.ones_like(arguments["q"]))[wanted]
+    arguments = with_gradients(arguments, (wanted,))
+    (found,) = torch.autograd.grad(attention(**arguments).sum(), arguments[wanted])
+    assert relative_error(found, expected) < 1e-11
+
+
+@st.composite
+def random_cases(draw) -> Case:
+    windowed = draw(st.booleans())
+    window = draw(st.tuples(st.integers(1, 5), st.integers(1, 5))) if windowed else None
+    grid = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    size = (
+        (window[0] * grid[0], window[1] * grid[1])
+        if window
+        else draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
+    )
+    shift = None
+    if window and draw(st.booleans()):
+        shift = (draw(st.integers(0, window[0] - 1)), draw(st.integers(0, window[1] - 1)))
+    odd = st.sampled_from([1, 3, 5, 7])
+    cross = not windowed and draw(st.booleans())
+    return Case(
+        size=size,
+        heads=draw(st.integers(1, 4)),
+        head_dim=draw(st.sampled_from([1, 2, 3, 7, 8, 16, 17, 24, 32, 33, 48])),
+        batch=draw(st.integers(1, 3)),
+        prefix=0 if windowed else draw(st.integers(0, 3)),
+        keys=draw(st.integers(1, 40)) if cross else None,
+        window=window,
+        shift=shift,
+        kernel=None if cross else draw(st.none() | st.tuples(odd, odd)),
+        per_channel=draw(st.booleans()),
+        bias=draw(st.booleans()),
+        scale=draw(st.booleans()),
+        key_bias=draw(st.booleans()),
+        p=draw(st.sampled_from([1.0, 1.7, 2.0, 3.0, 4.0, 5.0])),
+    )
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(case=random_cases(), seed=st.integers(0, 1000), dtype=st.sampled_from([torch.float64, torch.float32]))
+def test_random_options(case, seed, dtype):
+    arguments = case.arguments(dtype, seed=seed)
+    grad_out = torch.randn_like(arguments["q"])
+    found, expected = gradients(attention, arguments, grad_out), oracle_gradients(arguments, grad_out)
+    scale = max(torch.linalg.vector_norm(v).item() for k, v in expected.items() if k != "out")
+    for name, value in expected.items():
+        # A gradient may cancel to nothing (one token, one channel): then measure it by the largest of them.
+        norm = torch.linalg.vector_norm(value).item() if name == "out" else scale
+        difference = torch.linalg.vector_norm(found[name].double() - value).item()
+        assert difference <= 4 * TOLERANCE[dtype] * max(norm, 1e-300), name
+
+
+def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same (B, N, C) values in every kind of memory layout."""
+    b, n, c = x.shape
+    packed = torch.stack((torch.zeros_like(x), x, torch.ones_like(x)), 2)
+    padded = torch.zeros(b, n + 3, c + 5, dtype=x.dtype)
+    padded[:, 2:-1, 3:-2] = x
+    return {
+        "packed": packed[:, :, 1],
+        "odd-offset": padded[:, 2:-1, 3:-2],
+        "batch-last": x.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+        "tokens-first": x.transpose(0, 1).contiguous().transpose(0, 1),
+        "channels-first": x.transpose(1, 2).contiguous().transpose(1, 2),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["packed", "odd-offset", "batch-last", "tokens-first", "channels-first"])
+def test_strides(layout, dtype):
+    arguments = CASES["shifted"].arguments(dtype)
+    grad_out = torch.randn_like(arguments["q"])
+    expected = gradients(attention, arguments, grad_out)
+    strided = with_gradients(arguments)
+    for name in ("q", "k", "v"):
+        strided[name] = layouts(arguments[name])[layout].detach().requires_grad_()
+    out = attention(**strided)
+    assert torch.equal(out, expected["out"])
+    found = torch.autograd.grad(out, [strided[n] for n in ("q", "k", "v")], layouts(grad_out)[layout])
+    for name, value in zip(("q", "k", "v"), found, strict=True):
+        assert torch.equal(value, expected[name])
+
+
+def test_expanded_batch_and_gradient():
+    arguments = CASES["taps"].arguments(torch.float64)
+    arguments["k"] = arguments["k"][:1].expand(2, -1, -1)
+    arguments["v"] = arguments["v"][:1].expand(2, -1, -1)
+    expected = oracle_gradients(arguments, torch.ones(1, dtype=torch.float64).expand_as(arguments["q"]))
+    assert relative_error(attention(**arguments), expected["out"]) < 1e-12
+    strided = with_gradients(arguments, ("q",))
+    strided["k"] = arguments["k"][:1].clone().requires_grad_()
+    out = attention(**{**strided, "k": strided["k"].expand(2, -1, -1)})
+    out.sum().backward()
+    assert relative_error(strided["k"].grad, expected["k"].sum(0, keepdim=True)) < 1e-12
+
+
+def test_offsets_beyond_32_bits():
+    # The second image begins 2^31 elements after the first; the gap is never touched.
+    stride = 2**31 + 2**20
+    case = Case(size=(3, 4), heads=2, head_dim=8)
+    arguments = case.arguments(torch.float16)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    memory = torch.empty(stride + 10_000, dtype=torch.float16)
+    far = memory.as_strided(arguments["q"].shape, (stride, 16, 1))
+    far.copy_(arguments["q"])
+    assert torch.equal(attention(**{**arguments, "q": far}), attention(**arguments))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", ["large-map", "shifted", "batch-1-many-blocks"])
+def test_bitwise_deterministic(name, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        arguments = CASES[name].arguments(torch.float32)
+        grad_out = torch.randn_like(arguments["q"])
+        runs = [gradients(attention, arguments, grad_out) for _ in range(3)]
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        for key, value in run.items():
+            assert torch.equal(value, runs[0][key]), key
+    assert_close(runs[0], oracle_gradients(arguments, grad_out), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, 4.0, 8.0])
+@pytest.mark.parametrize("magnitude", [1.0, 10.0, 100.0, 1e4])
+def test_finite_for_every_magnitude(magnitude, p, dtype):
+    """Dead tokens and heads included; the public code gives NaN from p = 4 or, in float16, from magnitude 10."""
+    arguments = Case(size=(5, 4), heads=2, head_dim=8, kernel=None, key_bias=False, p=p).arguments(dtype)
+    for name in ("q", "k"):
+        arguments[name] *= magnitude
+        arguments[name][0, 3] = -arguments[name][0, 3].abs()  # a dead token
+        arguments[name][1, :, 8:] = -1.0  # a dead head
+        arguments[name][1, 2] = 0.0
+    grad_out = torch.randn_like(arguments["q"])
+    expected = oracle_gradients(arguments, grad_out)
+    found = gradients(attention, arguments, grad_out)
+    largest = torch.finfo(dtype).max
+    for name, value in expected.items():
+        if value.abs().max() < largest:
+            assert torch.isfinite(found[name]).all(), name
+    assert relative_error(found["out"], expected["out"]) <= TOLERANCE[dtype]
+
+
+def test_all_keys_dead_with_high_power():
+    arguments = Case(size=(3, 3), p=8.0, kernel=None, key_bias=False).arguments(torch.float32)
+    arguments["k"] = -arguments["k"].abs()
+    assert relative_error(attention(**arguments), oracle(arguments)) < 3e-6
+
+
+def test_zero_eps_and_dead_rows_give_zero_features():
+    arguments = Case(size=(3, 3), kernel=None, key_bias=False).arguments(torch.float64)
+    arguments["eps"] = 0.0
+    arguments["k"][:, 2] = -1.0
+    grad_out = torch.randn_like(arguments["q"])
+    found, expected = gradients(attention, arguments, grad_out), oracle_gradients(arguments, grad_out)
+    for name, value in expected.items():
+        assert relative_error(found[name], value) < 1e-12, name
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(0, 12), (2, 0)])
+def test_empty(batch, tokens):
+    q = torch.randn(batch, tokens, 8, requires_grad=True)
+    k = torch.randn(batch, 12, 8, requires_grad=True)
+    scale = torch.ones(8, requires_grad=True)
+    out = attention(q, k, k, 2, scale)
+    assert out.shape == (batch, tokens, 8)
+    out.sum().backward()
+    assert q.grad.shape == q.shape
+    assert torch.equal(k.grad, torch.zeros_like(k))
+    assert torch.equal(scale.grad, torch.zeros(8))
