@@ -255,7 +255,7 @@ def test_bitwise_deterministic(name, threads):
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0, 4.0, 8.0])
 @pytest.mark.parametrize("magnitude", [1.0, 10.0, 100.0, 1e4])
 def test_finite_for_every_magnitude(magnitude, p, dtype):
-    """Dead tokens and heads included; the public code gives NaN from p = 4 or, in float16, from magnitude 10."""
+    """Dead tokens and heads included; the public code gives NaN from p = 4 or, in fp16, from magnitude 10."""
     arguments = Case(size=(5, 4), heads=2, head_dim=8, kernel=None, key_bias=False, p=p).arguments(dtype)
     for name in ("q", "k"):
         arguments[name] *= magnitude
