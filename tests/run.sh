@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Sets up a virtual environment, builds flatten-ext in place and runs every test that this machine can.
+#
+#   VENV=PATH      the environment to make or reuse (default: .venv)
+#   PYTHON=PATH    the interpreter to make it with (default: python3)
+#   CUDAEMU=PATH   a CUDA emulator's launcher, to run the GPU tests without a GPU
+#                  (default: ../shared/cuda-emulator/cudaemu where it exists)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+step() { printf '\n== %s (%(%H:%M:%S)T)\n' "$1" -1; }
+
+venv=${VENV:-.venv}
+emulator=${CUDAEMU:-../shared/cuda-emulator/cudaemu}
+
+step "environment: $venv"
+[ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
+venv=$(cd "$venv" && pwd)
+# Without a GPU the CUDA library is built for what the emulator runs; with one, for what it is.
+if ! command -v nvidia-smi >/dev/null; then
+  export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-8.0+PTX}
+fi
+"$venv/bin/pip" install -q -e ".[test]"
+"$venv/bin/python" -m flatten_ext info
+
+step "CPU tests"
+"$venv/bin/python" -m pytest -q -n 2 -m "not gpu and not packaging"
+
+step "packaging tests"
+"$venv/bin/python" -m pytest -q -m packaging
+
+if "$venv/bin/python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+  step "GPU tests"
+  "$venv/bin/python" -m pytest -q -m gpu
+elif [ -x "$emulator" ] && [ -e flatten_ext/lib/libflatten_cuda.so ]; then
+  for cc in 8.0 9.0; do
+    step "GPU tests under the CUDA emulator, compute capability $cc"
+    "$emulator" --cc "$cc" --no-sticky -- "$venv/bin/python" -m pytest -q -m gpu
+  done
+  step "GPU tests under the CUDA emulator, with warp-level race checks"
+  "$emulator" --warp-race-check --no-sticky -- "$venv/bin/python" -m pytest -q -m gpu
+else
+  step "GPU tests: skipped, no GPU and no emulator (or no CUDA library built)"
+fi
