@@ -1,0 +1,8 @@
+"""`python -m flatten_ext`, and the script `flatten-ext`."""
+
+from flatten_ext.cli import main
+
+__all__ = ["main"]
+
+if __name__ == "__main__":
+    main()

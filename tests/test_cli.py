@@ -1,0 +1,117 @@
+"""The command line: what it prints, writes and answers when something is missing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import flatten_ext
+from flatten_ext import cli, extras, info
+from flatten_ext.output import replacing, write_json
+
+
+def run(*arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    """`python -m flatten_ext ...` in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "flatten_ext", *arguments], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+# Runs the command line with the named packages made unimportable.
+WITHOUT = """
+import sys
+for name in sys.argv.pop(1).split(","):
+    sys.modules[name] = None
+from flatten_ext.cli import main
+main()
+"""
+
+
+def run_without(packages: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", WITHOUT, packages, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_info_names_what_a_bug_report_needs():
+    text = run("info").stdout
+    for fact in (
+        flatten_ext.__version__,
+        torch.__version__,
+        "libflatten",
+        "CUDA kernels",
+        "instruction set",
+        "threads",
+    ):
+        assert fact in text
+    facts = json.loads(run("info", "--json").stdout)
+    assert list(facts) == list(info.installation())
+
+
+def test_info_shows_settings_and_a_bad_one(monkeypatch):
+    monkeypatch.setenv("FLATTEN_CPU_ISA", "abacus")
+    text = run("info").stdout
+    assert "FLATTEN_CPU_ISA=abacus" in text
+    assert "abacus" in text.split("instruction set")[1].splitlines()[0]
+
+
+def test_info_needs_torch_alone():
+    done = run_without("typer,rich,numpy,timm,matplotlib,mlxtend", "info")
+    assert done.returncode == 0, done.stderr
+    assert "instruction set" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "extra"),
+    [
+        ("typer", ["demo"], "cli"),
+        ("rich", ["demo"], "cli"),
+        ("matplotlib", ["demo"], "demo"),
+        ("mlxtend", ["demo"], "demo"),
+    ],
+)
+def test_a_missing_extra_is_one_line_that_says_what_to_install(missing, arguments, extra):
+    done = run_without(missing, *arguments)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert missing in done.stderr
+    assert f"pip install 'flatten-ext[{extra}]'" in done.stderr
+
+
+def test_help_lists_every_command():
+    text = run("--help").stdout
+    for module in Path(cli.__file__).parent.joinpath("commands").glob("[a-z]*.py"):
+        assert module.stem in text
+
+
+def test_require_lets_other_import_errors_through(tmp_path, monkeypatch):
+    (tmp_path / "broken_package.py").write_text("import a_module_that_is_nowhere")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="a_module_that_is_nowhere"):
+        extras.require("broken_package", "demo", "the test")
+    with pytest.raises(extras.MissingExtra, match=r"absent_package.*flatten-ext\[demo\]"):
+        extras.require("absent_package.part", "demo", "the test")
+
+
+def test_files_are_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "file.json"
+    write_json(path, {"a": 1})
+    assert json.loads(path.read_text()) == {"a": 1}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"a": float("nan")})
+
+    def interrupted():
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(path.parent.iterdir()) == [path]
