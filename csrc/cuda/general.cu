@@ -154,7 +154,9 @@ cudaError_t launch(const AttentionForward& params, const Device& device, void* w
   call.state = params.state;
   if (!call.small && !call.state) call.state = scratch.take(state_bytes(params.geometry, params.dtype));
   call.partials = scratch.take(partials_bytes(call));
-  return with_element(params.dtype, [&](auto e) { return launch_forward<decltype(e)>(call, stream); });
+  return with_element(params.dtype, [&](auto e) {
+    return call.small ? launch_small<decltype(e)>(call, stream) : launch_forward<decltype(e)>(call, stream);
+  });
 }
 
 std::int64_t state_workspace_bytes(const AttentionInputs& in, const Device& device) {

@@ -1,4 +1,5 @@
-// The backward pass for every dtype, head size, kernel and stride. With z = y / max(y) (general_focus.cuh), per row:
+// The backward pass for every dtype, head size, kernel and stride. With z = y / max(y) (general_focus.cuh),
+// per row:
 //   den = z_q^p . m + eps / gain      o = (z_q^p S) / den     share = (g . o) / den   (per head)
 //   dS  = sum over queries of z_q^p^T (g / den)               dm = -sum of share * z_q^p
 //   e_q = (g / den) S^T - share * m   the gradient of phi(q), times its gain
@@ -10,8 +11,8 @@
 //   it gradient_of_key    chunks of keys    -> dk, dv, partial sums for scale
 #pragma once
 
-#include "general_focus.cuh"
 #include "general_calls.h"
+#include "general_focus.cuh"
 #include "products.cuh"
 #include "reduce.cuh"
 #include "state.cuh"

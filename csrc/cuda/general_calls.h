@@ -67,6 +67,8 @@ struct ParameterCall {
 template <class T>
 cudaError_t launch_forward(const ForwardCall& call, cudaStream_t stream);
 template <class T>
+cudaError_t launch_small(const ForwardCall& call, cudaStream_t stream);
+template <class T>
 cudaError_t launch_backward(const BackwardCall& call, cudaStream_t stream);
 template <class T>
 cudaError_t launch_conv(const ConvCall& call, cudaStream_t stream);

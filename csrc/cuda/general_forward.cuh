@@ -5,8 +5,8 @@
 //   attend_small one window in a block: both at once, S and m in shared memory
 #pragma once
 
-#include "general_focus.cuh"
 #include "general_calls.h"
+#include "general_focus.cuh"
 #include "products.cuh"
 #include "state.cuh"
 #include "taps.cuh"

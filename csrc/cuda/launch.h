@@ -41,7 +41,7 @@ cudaError_t launch(const AttentionBackward& params, const Device& device, void* 
 cudaError_t launch(const ConvForward& params, const Device& device, void* workspace, cudaStream_t stream);
 cudaError_t launch(const ConvBackward& params, const Device& device, void* workspace, cudaStream_t stream);
 
-/// Right for every call on every supported device (general.cpp).
+/// Right for every call on every supported device (general.cu).
 namespace general {
 std::int64_t workspace_bytes(const AttentionForward& params, const Device& device);
 std::int64_t workspace_bytes(const AttentionBackward& params, const Device& device);

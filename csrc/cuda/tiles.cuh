@@ -178,7 +178,7 @@ template <class T>
 __device__ __forceinline__ void load_four(const Reader<T>& in, int token, Columns columns, int column,
                                           Acc<T> (&x)[4]) {
   const T* from = in.row(token) + columns.first + column;
-  if (in.vector && column < columns.width) {
+  if (in.vector && column + 4 <= columns.width) {
     load_pack<4>(from, x);
   } else {
 #pragma unroll
@@ -190,7 +190,7 @@ template <class T>
 __device__ __forceinline__ void store_four(const Writer<T>& out, int token, Columns columns, int column,
                                            const Acc<T> (&x)[4]) {
   T* to = out.row(token) + columns.first + column;
-  if (out.vector && column < columns.width) {
+  if (out.vector && column + 4 <= columns.width) {
     store_pack<4>(to, x);
   } else {
 #pragma unroll

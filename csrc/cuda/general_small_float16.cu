@@ -1,0 +1,3 @@
+#include "general_forward_launch.cuh"
+
+template cudaError_t flatten::cuda::general::launch_small<__half>(const ForwardCall&, cudaStream_t);
