@@ -1,0 +1,199 @@
+"""The operators against the float64 oracle: shapes, options, strides and dtypes, forward and backward."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import cases
+import pytest
+import torch
+from gpu_cases import TOLERANCE, Case, assert_close, check, half, make, on_map
+
+from flatten_ext import _load, reference
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+# Beyond tests/cases.py: the borders of the general kernels' tiles, chunks and column blocks.
+GENERAL = [
+    Case(queries=17, keys=130, heads=3, key_bias=True),
+    on_map(20, 18, batch=1, head_dim=24, kernel=(7, 7), p=4.0),
+    on_map(
+        20, 18, batch=1, prefix=3, heads=1, head_dim=33, kernel=(5, 5), p=2.5, per_channel=True, key_bias=True
+    ),
+    on_map(10, 10, batch=1, heads=1, head_dim=64, kernel=(5, 5), p=None),
+    on_map(15, 20, batch=1, heads=1, head_dim=130, kernel=(3, 3), p=1.0),
+    on_map(15, 20, batch=1, heads=1, head_dim=40, kernel=(9, 9)),
+    on_map(1, 70, batch=1, kernel=(1, 3)),
+    on_map(3, 3, batch=70, heads=1, head_dim=8, kernel=(7, 7), bias=False),
+    on_map(8, 8, eps=0.0),
+]
+
+FLOAT64 = [
+    on_map(5, 7, heads=3, head_dim=5, kernel=(5, 5), key_bias=True, dtype=torch.float64),
+    on_map(15, 20, batch=1, head_dim=40, kernel=(7, 7), dtype=torch.float64),
+    on_map(8, 8, window=(4, 4), shift=(1, 3), head_dim=16, kernel=(3, 3), p=2.5, dtype=torch.float64),
+]
+
+LAYOUTS = ["packed", "misaligned", "tokens first", "expanded", "channels first"]
+
+# What the tensor-core kernels take, and its borders: every head size, kernel and power, windows, and prefix
+# tokens and head sizes that make them step aside.
+HALF = [
+    half(on_map(7, 7, kernel=(5, 5))),
+    half(on_map(7, 7, kernel=(5, 5)), FP16),
+    half(on_map(14, 14, heads=3, kernel=(5, 5), window=(7, 7))),
+    half(on_map(14, 14, heads=3, kernel=(5, 5), window=(7, 7), shift=(3, 3), key_bias=True), FP16),
+    half(on_map(14, 14, heads=12, batch=1, kernel=(5, 5), window=(7, 7))),
+    half(on_map(14, 14, heads=3, head_dim=64, batch=1, kernel=(5, 5))),
+    half(on_map(28, 28, heads=3, batch=1, kernel=(5, 5))),
+    half(on_map(28, 28, heads=3, batch=1, kernel=(5, 5), tap_size=0.0)),
+    half(on_map(28, 28, heads=1, head_dim=64, batch=1, kernel=(5, 5), tap_size=0.0), FP16),
+    half(on_map(28, 28, heads=2, head_dim=64, batch=1, kernel=(3, 3), p=2.0)),
+    half(on_map(20, 24, heads=1, head_dim=128, batch=1, kernel=(5, 5))),
+    half(on_map(20, 24, heads=4, head_dim=16, batch=1, kernel=(7, 7), p=4.0), FP16),
+    half(on_map(20, 24, heads=2, batch=1, kernel=(7, 7), p=1.0, key_bias=True)),
+    half(on_map(20, 24, heads=2, batch=1, kernel=(5, 5), per_channel=True, p=3.3)),
+    half(on_map(19, 23, heads=2, batch=1, kernel=(5, 5), bias=False, scale=False)),
+    half(on_map(16, 17, heads=2, batch=1, prefix=1, kernel=(3, 3))),
+    half(on_map(28, 28, heads=2, batch=1, window=(14, 14), shift=(7, 7), kernel=(5, 5))),
+    half(on_map(20, 20, heads=2, batch=1, head_dim=24, kernel=(5, 5))),
+    half(Case(queries=300, keys=49, heads=2), FP16),
+    half(Case(queries=49, keys=300, heads=1, head_dim=64, key_bias=True)),
+    half(on_map(12, 12, heads=2, p=None, kernel=(5, 5))),
+    on_map(12, 12, heads=2, kernel=(5, 5), dtype=BF16, key_bias=True),
+    on_map(12, 12, heads=2, kernel=(5, 5), dtype=FP16),
+]
+
+
+def test_the_cuda_library_is_loaded():
+    """Otherwise everything here would test the plain-torch fallback."""
+    assert _load.cuda_unavailable_reason is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("name", cases.CASES)
+def test_the_cases_of_the_cpu(name, dtype):
+    arguments = cases.CASES[name].arguments(dtype, device="cuda")
+    grad_out = torch.randn_like(arguments["q"])
+    found = cases.gradients(torch.ops.flatten.attention, arguments, grad_out)
+    expected = cases.oracle_gradients(arguments, grad_out)
+    largest = max(value.norm() for value in expected.values())
+    for argument, value in expected.items():
+        assert torch.isfinite(found[argument]).all(), argument
+        # With one token the weights are 1 whatever q and k are: their gradients are rounding and eps.
+        floor = largest if name == "one-token" else torch.tensor(0.0)
+        error = (found[argument].cpu().double() - value).norm() / value.norm().clamp_min(floor)
+        assert error <= cases.TOLERANCE[dtype] * (1 if argument == "out" else 2), f"{argument}: {error:.2e}"
+
+
+@pytest.mark.parametrize("case", GENERAL + FLOAT64, ids=str)
+def test_matches_the_oracle(case):
+    check(case)
+
+
+@pytest.mark.parametrize("case", HALF, ids=str)
+def test_half_precision_matches_the_oracle(case):
+    check(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strided_inputs(layout, dtype):
+    check(on_map(18, 18, heads=2, kernel=(5, 5), dtype=dtype, layout=layout))
+    check(on_map(14, 14, heads=2, window=(7, 7), kernel=(3, 3), dtype=dtype, layout=layout), gradients=False)
+
+
+@pytest.mark.parametrize("p", [3.0, 4.0, 8.0, 50.0])
+def test_dead_rows_and_large_powers(p):
+    """Tokens whose channels are all negative, where the paper's code gives NaN."""
+    call = make(on_map(8, 8, p=p, kernel=(3, 3)))
+    with torch.no_grad():
+        call.tensors[0][:, 3:9] = -1.0
+        call.tensors[1][:, :5] = -1.0
+    oracle = call.oracle()
+    assert_close(call.run(), oracle.run(reference), 1e-5, "out")
+    want = oracle.gradients(reference)
+    for name, gradient in call.gradients().items():
+        assert_close(gradient, want[name], 1e-4, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, FP16, BF16])
+@pytest.mark.parametrize("amplitude", [1e-3, 1e2])
+def test_inputs_of_any_size(amplitude, dtype):
+    case = on_map(16, 18, batch=1, dtype=dtype, amplitude=amplitude)
+    call = make(case)
+    assert_close(call.run(), call.oracle().run(reference), 2 * TOLERANCE[dtype][0], "out")
+    for name, gradient in call.gradients().items():
+        assert torch.isfinite(gradient).all(), name
+
+
+@pytest.mark.parametrize("mask", range(1, 128, 9))
+def test_only_requested_gradients(mask):
+    """Every gradient is the same whoever else is asked for."""
+    call = make(on_map(18, 16, batch=1, heads=1, kernel=(5, 5), key_bias=True), requires_grad=False)
+    wanted = [bool(mask >> i & 1) for i in range(7)]
+    op = torch.ops.flatten
+
+    def backward(asked):
+        heads, size, window, shift, p, eps = call.options
+        q, k, v, *parameters = call.tensors
+        empty = torch.empty(0, device="cuda")
+        return op.attention_backward(
+            call.grad_out, q, k, v, heads, *parameters, size, window, shift, p, eps, empty, asked
+        )
+
+    everything = backward([True] * 7)
+    some = backward(wanted)
+    assert len(some) == sum(wanted)
+    for got, want in zip(some, (g for g, w in zip(everything, wanted, strict=True) if w), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_saved_state_gives_the_same_gradients():
+    call = make(on_map(18, 20, batch=1, kernel=(5, 5)), requires_grad=False)
+    heads, size, window, shift, p, eps = call.options
+    q, k, v, *parameters = call.tensors
+    op = torch.ops.flatten
+    arguments = (q, k, v, heads, *parameters, size, window, shift, p, eps)
+    out, state = op.attention_forward(*arguments, True)
+    assert torch.equal(out, call.run())
+    mask = [t is not None for t in call.tensors]
+    saved = op.attention_backward(call.grad_out, *arguments, state, mask)
+    again = op.attention_backward(call.grad_out, *arguments, state.new_empty(0), mask)
+    for a, b in zip(saved, again, strict=True):
+        assert torch.equal(a, b)
+
+
+CONVOLUTIONS = [
+    on_map(14, 14, heads=3, kernel=(5, 5), window=(7, 7), shift=(1, 2)),
+    on_map(17, 12, heads=1, head_dim=70, kernel=(3, 3), per_channel=True),
+    on_map(9, 11, prefix=5, heads=2, head_dim=16, kernel=(7, 7)),
+    on_map(9, 11, heads=2, head_dim=12, kernel=(1, 11), bias=False),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, FP16, BF16])
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_depthwise_conv(case, dtype):
+    call = make(replace(case, dtype=dtype))
+    _, _, v, _, _, weight, bias = call.tensors
+    oracle = call.oracle()
+    _, _, v64, _, _, weight64, bias64 = oracle.tensors
+    arguments = (case.size, case.window, case.shift)
+    out = torch.ops.flatten.depthwise_conv(v, weight, bias, *arguments)
+    want = reference.depthwise_conv(v64, weight64, bias64, *arguments)
+    for_out, for_gradients = TOLERANCE[dtype]
+    assert_close(out, want, for_out, "out")
+    inputs = [t for t in (v, weight, bias) if t is not None]
+    inputs64 = [t for t in (v64, weight64, bias64) if t is not None]
+    got = torch.autograd.grad(out, inputs, call.grad_out)
+    for g, w in zip(got, torch.autograd.grad(want, inputs64, oracle.grad_out), strict=True):
+        assert_close(g, w, for_gradients, "gradient")
+
+
+@pytest.mark.parametrize(("batch", "queries"), [(0, 49), (2, 0)])
+def test_empty_calls(batch, queries):
+    call = make(Case(batch=batch, queries=queries, keys=49))
+    assert call.run().shape == (batch, queries, 64)
+    for name, gradient in call.gradients().items():
+        assert torch.equal(gradient, torch.zeros_like(gradient)), name
