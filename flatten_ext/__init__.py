@@ -18,7 +18,7 @@ __version__: str = _load.build_info()["version"]
 # Names whose modules need more than torch; imported when first asked for.
 _LAZY = {
     "attention_map": "visualize",
-    "convert": "convert",
+    "convert": "conversion",
     "load_official": "models",
 }
 

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from golden_data import Golden
 from torch import Tensor
 
+import flatten_ext
 from flatten_ext import reference
 
-OPERATORS = [pytest.param(reference, id="reference")]
+OPERATORS = [pytest.param(reference, id="reference"), pytest.param(flatten_ext, id="op")]
 # Worst difference over the largest entry: of outputs, of gradients. Gradients sum over up to 16384 tokens.
 TOLERANCES = {torch.float64: (1e-13, 1e-12), torch.float32: (2e-6, 2e-5)}
 

@@ -82,11 +82,12 @@ class FocusedAttention(nn.Module):
 
     def set_grid(self, grid: Size) -> None:
         """Resamples the learned positional encoding to another map of keys."""
-        encoding = self._positional_encoding(grid).detach()
+        encoding = self.encoding(grid).detach()
         self.positional_encoding = nn.Parameter(encoding, self.positional_encoding.requires_grad)
         self.grid = (grid[0], grid[1])
 
-    def _positional_encoding(self, grid: Size) -> Tensor:
+    def encoding(self, grid: Size) -> Tensor:
+        """The positional encoding (1, prefix + H * W, C) on the map `grid`."""
         return resize_positional_encoding(self.positional_encoding, self.grid, grid, self.num_prefix_tokens)
 
     def kernel(self) -> tuple[Tensor, Tensor]:
@@ -118,7 +119,7 @@ class FocusedAttention(nn.Module):
         key_grid = key_size if key_size is not None else window if window is not None else size
         focus: dict[str, Any] = {
             "scale": F.softplus(self.scale).flatten(),
-            "key_bias": self._positional_encoding(key_grid)[0],
+            "key_bias": self.encoding(key_grid)[0],
             "focusing_factor": self.focusing_factor,
         }
         weight, bias = self.kernel()

@@ -126,7 +126,9 @@ class FlattenVisionTransformer(FocusedTokens):
         attn_type: "L" (focused linear) or "S" (softmax) for each block; None is "L" throughout.
         focusing_factor: p of phi_p.
         kernel_size: odd size of the depthwise kernel.
-        dynamic_img_size: accept any input whose sides are multiples of the patch; on by default.
+        dynamic_img_size: accept any input size; on by default.
+        dynamic_img_pad: pad inputs that the patches do not divide; on by default. (timm's check without it
+            formats the size into a message, which makes torch.compile specialise on it.)
         kwargs: timm's VisionTransformer arguments.
     """
 
@@ -136,9 +138,10 @@ class FlattenVisionTransformer(FocusedTokens):
         focusing_factor: float = 3.0,
         kernel_size: int = 5,
         dynamic_img_size: bool = True,
+        dynamic_img_pad: bool = True,
         **kwargs: Any,
     ):
-        super().__init__(dynamic_img_size=dynamic_img_size, **kwargs)
+        super().__init__(dynamic_img_size=dynamic_img_size, dynamic_img_pad=dynamic_img_pad, **kwargs)
         types = attn_type or "L" * len(self.blocks)
         self.focus(types, focusing_factor=focusing_factor, kernel_size=kernel_size)
 

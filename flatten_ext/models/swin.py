@@ -32,13 +32,14 @@ class FlattenSwinBlock(nn.Module):
     Args:
         block: the block to replace.
         window_size: target window, clipped to the map.
+        shifted: whether windows smaller than the map are shifted by half their size.
     """
 
-    def __init__(self, block: SwinTransformerBlock, window_size: Size, **focus: Any):
+    def __init__(self, block: SwinTransformerBlock, window_size: Size, shifted: bool, **focus: Any):
         super().__init__()
         self.norm1, self.drop_path1 = block.norm1, block.drop_path1
         self.norm2, self.mlp, self.drop_path2 = block.norm2, block.mlp, block.drop_path2
-        self.shifted = any(block.target_shift_size)
+        self.shifted = shifted
         self._set_window(block.input_resolution, window_size)
         grid = self.window or block.input_resolution
         self.attn = PackedAttention(block.attn, grid, **focus)
@@ -78,7 +79,7 @@ class FlattenSwinTransformer(SwinTransformer):
         attn_type: "L" (focused linear) or "S" (softmax) for each stage.
         focusing_factor: p of phi_p.
         kernel_size: odd size of the depthwise kernel.
-        dynamic_img_size: accept any input size; on by default.
+        dynamic_img_size: accept any input size, padded to whole patches; on by default.
         kwargs: timm's SwinTransformer arguments.
     """
 
@@ -101,6 +102,7 @@ class FlattenSwinTransformer(SwinTransformer):
         super().__init__(
             depths=tuple(depths), window_size=placeholders, dynamic_img_size=dynamic_img_size, **kwargs
         )
+        self.patch_embed.dynamic_img_pad = dynamic_img_size
         self.focus(types, windows, focusing_factor=focusing_factor, kernel_size=kernel_size)
 
     def focus(self, types: str, windows: Sequence[Size], **focus: Any) -> None:
@@ -108,7 +110,11 @@ class FlattenSwinTransformer(SwinTransformer):
         self._ref_window_sizes = tuple(windows)
         for stage, kind, window in zip(self.layers, types, windows, strict=True):
             if kind == "L":
-                stage.blocks = nn.Sequential(*(FlattenSwinBlock(b, window, **focus) for b in stage.blocks))
+                blocks = [
+                    FlattenSwinBlock(block, window, shifted=i % 2 == 1, **focus)
+                    for i, block in enumerate(stage.blocks)
+                ]
+                stage.blocks = nn.Sequential(*blocks)
 
     def no_weight_decay(self) -> set[str]:
         return super().no_weight_decay() | undecayed(self)

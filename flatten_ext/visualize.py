@@ -1,0 +1,153 @@
+"""Attention to look at: the matrix that focused linear attention never forms, its rank and its sharpness."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .reference import focus
+
+__all__ = [
+    "AttentionMap",
+    "attention_map",
+    "depthwise_matrix",
+    "record_attention",
+    "sharpness",
+    "softmax_map",
+]
+
+
+@dataclass(frozen=True)
+class AttentionMap:
+    """Equivalent attention matrices, (B, heads, N, M) float64: out = (map + depthwise) @ v up to the bias."""
+
+    attention: Tensor  # rows of non-negative weights; their sum falls short of 1 by eps alone
+    with_dwc: Tensor | None  # the same plus the band of the depthwise branch; None without one
+
+    def rank(self, with_dwc: bool = False) -> Tensor:
+        """(B, heads) numerical rank, at most head_dim without the band (paper, section 4.3)."""
+        return torch.linalg.matrix_rank(self._select(with_dwc))
+
+    def sharpness(self, with_dwc: bool = False) -> Tensor:
+        """(B, heads) mean sharpness of the rows, see `sharpness`."""
+        return sharpness(self._select(with_dwc))
+
+    def _select(self, with_dwc: bool) -> Tensor:
+        if not with_dwc:
+            return self.attention
+        if self.with_dwc is None:
+            raise ValueError("this attention has no depthwise branch")
+        return self.with_dwc
+
+
+def attention_map(
+    q: Tensor,
+    k: Tensor,
+    num_heads: int,
+    scale: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    dwc_weight: Tensor | None = None,
+    size: Sequence[int] | None = None,
+    focusing_factor: float = 3.0,
+    eps: float = 1e-6,
+) -> AttentionMap:
+    """The N x M matrix that `flatten_ext.attention` multiplies v by, computed in float64.
+
+    Arguments as of `flatten_ext.attention`, whole map (no window). The depthwise branch is one matrix for
+    each channel; `with_dwc` adds their mean over the channels of a head. Memory is B * heads * N * M numbers:
+    meant for maps of some thousand tokens.
+
+    Raises:
+        ValueError: `dwc_weight` without `size`.
+    """
+    q, k = q.detach().double(), k.detach().double()
+    scale = None if scale is None else scale.detach().double()
+    if key_bias is not None:
+        k = k + key_bias.detach().double()
+    q, k = (
+        focus(x, scale, focusing_factor, eps).unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k)
+    )
+    weights = q @ k.transpose(-2, -1)
+    attention = weights / (weights.sum(-1, keepdim=True) + eps * k.shape[-2])
+    if dwc_weight is None:
+        return AttentionMap(attention, None)
+    if size is None:
+        raise ValueError("dwc_weight needs size")
+    kernels = dwc_weight.detach().double().reshape(-1, q.shape[-1], *dwc_weight.shape[2:]).mean(1)
+    band = torch.stack([depthwise_matrix(kernel, size) for kernel in kernels])
+    prefix = k.shape[-2] - band.shape[-1]
+    return AttentionMap(attention, attention + F.pad(band, (prefix, 0, prefix, 0)))
+
+
+def depthwise_matrix(kernel: Tensor, size: Sequence[int]) -> Tensor:
+    """The (H*W, H*W) matrix of a zero-padded convolution with one (kh, kw) kernel."""
+    height, width = size
+    kh, kw = kernel.shape
+    tokens = height * width
+    impulses = torch.eye(tokens, dtype=kernel.dtype, device=kernel.device).unflatten(0, (height, width))
+    responses = F.conv2d(
+        impulses.permute(2, 0, 1).unsqueeze(1), kernel[None, None], padding=(kh // 2, kw // 2)
+    )
+    return responses.flatten(1).T
+
+
+def softmax_map(q: Tensor, k: Tensor, num_heads: int) -> Tensor:
+    """(B, heads, N, M) softmax attention of the same queries and keys, in float64."""
+    q, k = (x.detach().double().unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k))
+    return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)
+
+
+def sharpness(attention: Tensor) -> Tensor:
+    """(..., N, M) -> (...): 1 - H / ln M averaged over the rows: 0 for uniform rows, 1 for one-hot ones.
+
+    H is the entropy of a row's absolute weights, normalised to sum to 1.
+    """
+    weights = attention.abs()
+    weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    entropy = torch.special.entr(weights).sum(-1)
+    return (1 - entropy / math.log(max(attention.shape[-1], 2))).mean(-1)
+
+
+@contextmanager
+def record_attention(model: nn.Module) -> Any:
+    """Within the context, `model` leaves the inputs of its focused attentions in the dict that is yielded.
+
+    The key is the attention's name in the model, the value a dict of `attention_map` arguments. Attentions
+    in windows, or over reduced keys, which are no single N x N matrix, are left out.
+    """
+    from .models import FocusedAttention
+
+    recorded: dict[str, dict[str, Any]] = {}
+    attentions = [(name, m) for name, m in model.named_modules() if isinstance(m, FocusedAttention)]
+
+    def recorder(name: str, module: FocusedAttention) -> Any:
+        def attend(q: Tensor, k: Tensor, v: Tensor, size: Any, window: Any = None, *args: Any, **kwargs: Any):
+            if window is None and q.shape == k.shape:
+                recorded[name] = {
+                    "q": q.detach(),
+                    "k": k.detach(),
+                    "num_heads": module.num_heads,
+                    "scale": F.softplus(module.scale).flatten(),
+                    "key_bias": module.encoding(size)[0],
+                    "dwc_weight": module.kernel()[0],
+                    "size": tuple(size),
+                    "focusing_factor": module.focusing_factor,
+                }
+            return type(module).attend(module, q, k, v, size, window, *args, **kwargs)
+
+        return attend
+
+    for name, module in attentions:
+        module.attend = recorder(name, module)
+    try:
+        yield recorded
+    finally:
+        for _, module in attentions:
+            del module.attend
