@@ -3,59 +3,26 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
+#include <limits>
 #include <sstream>
 #include <stdexcept>
 
 #include "outputs.h"
+#include "show.h"
 
 namespace flatten {
 namespace {
 
+using torch::headeronly::DeviceType;
 using torch::headeronly::ScalarType;
 using Sizes = std::vector<std::int64_t>;
-
-/// "float32", as torch.float32 prints.
-std::string show(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Half:
-      return "float16";
-    default:
-      return toString(dtype);
-  }
-}
-
-/// "(2, 49, 96)"
-std::string show(const Sizes& sizes) {
-  std::ostringstream text;
-  text << '(';
-  for (std::size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];
-  text << (sizes.size() == 1 ? ",)" : ")");
-  return text.str();
-}
-
-Sizes shape_of(const Tensor& t) {
-  Sizes sizes(t.dim());
-  for (std::size_t i = 0; i < sizes.size(); ++i) sizes[i] = t.size(static_cast<std::int64_t>(i));
-  return sizes;
-}
-
-std::string show_device(const Tensor& t) {
-  const auto device = t.device();
-  const bool known = device.is_cpu() || device.is_cuda();
-  const std::string name =
-      known ? (device.is_cpu() ? "cpu" : "cuda") : "device type " + std::to_string(int(device.type()));
-  return device.has_index() ? name + ":" + std::to_string(int(device.index())) : name;
-}
+using SizesRef = torch::headeronly::IntHeaderOnlyArrayRef;
 
 /// Collects the operator's name once, so that each check is one line: expect(cond, "what", values...).
+/// `input` is what messages call the tensor that sets dtype and device.
 struct Checker {
   const char* op;
+  const char* input = "q";
 
   template <class... Parts>
   void expect(bool condition, const Parts&... parts) const {
@@ -66,13 +33,13 @@ struct Checker {
     throw std::runtime_error(message.str());
   }
 
-  void dtype(const char* name, const Tensor& t, const Tensor& q, const char* q_name) const {
+  void dtype(const char* name, const Tensor& t, const Tensor& q) const {
     expect(t.scalar_type() == q.scalar_type(), name, " has dtype ", show(t.scalar_type()), ", expected ",
-           q_name, "'s ", show(q.scalar_type()));
+           input, "'s ", show(q.scalar_type()));
   }
 
-  void device(const char* name, const Tensor& t, const Tensor& q, const char* q_name) const {
-    expect(t.device() == q.device(), name, " is on ", show_device(t), ", expected ", q_name, "'s device ",
+  void device(const char* name, const Tensor& t, const Tensor& q) const {
+    expect(t.device() == q.device(), name, " is on ", show_device(t), ", expected ", input, "'s device ",
            show_device(q));
     expect(t.layout() == torch::headeronly::Layout::Strided, name, " is not a dense strided tensor");
   }
@@ -80,7 +47,7 @@ struct Checker {
   /// (batch, tokens, channels) tokens in a dtype the kernels have.
   Dtype tokens(const char* name, const Tensor& t) const {
     expect(t.layout() == torch::headeronly::Layout::Strided, name, " is not a dense strided tensor");
-    expect(t.dim() == 3, name, " has shape ", show(shape_of(t)),
+    expect(t.dim() == 3, name, " has shape ", show(t.sizes()),
            ", expected 3 dimensions (batch, tokens, channels)");
     switch (t.scalar_type()) {
       case ScalarType::Double:
@@ -99,20 +66,33 @@ struct Checker {
   }
 
   /// A parameter of one given shape, fp32 or in q's dtype, on q's device; contiguous after the call.
-  Parameter parameter(const char* name, Tensor& t, const Sizes& expected, const Tensor& q,
-                      Dtype dtype) const {
-    expect(shape_of(t) == expected, name, " has shape ", show(shape_of(t)), ", expected ", show(expected));
+  Parameter parameter(const char* name, Tensor& t, SizesRef expected, const Tensor& q, Dtype dtype) const {
+    expect(same(t.sizes(), expected), name, " has shape ", show(t.sizes()), ", expected ", show(expected));
     return parameter_of_any_shape(name, t, q, dtype);
   }
 
   Parameter parameter_of_any_shape(const char* name, Tensor& t, const Tensor& q, Dtype dtype) const {
-    device(name, t, q, "q");
+    device(name, t, q);
     const bool own = t.scalar_type() == q.scalar_type();
     const bool widened = t.scalar_type() == ScalarType::Float && dtype != Dtype::kFloat64;
     expect(own || widened, name, " has dtype ", show(t.scalar_type()), ", expected ", show(q.scalar_type()),
            dtype == Dtype::kFloat64 || dtype == Dtype::kFloat32 ? "" : " or float32");
     if (!t.is_contiguous()) t = torch::stable::contiguous(t);
-    return {t.const_data_ptr(), own ? dtype : Dtype::kFloat32};
+    return {data(name, t), own ? dtype : Dtype::kFloat32};
+  }
+
+  /// The elements of a tensor; a meta tensor's are nowhere, a tensor whose storage was freed is refused.
+  const void* data(const char* name, const Tensor& t) const {
+    const void* elements = t.const_data_ptr();
+    expect(elements != nullptr || t.numel() == 0 || t.device().type() == DeviceType::Meta, name,
+           " has no storage: it was freed");
+    return elements;
+  }
+
+  /// Channels adjacent: as it is, or contiguous.
+  Tokens readable(const char* name, Tensor& t) const {
+    if (t.stride(2) != 1 && t.size(2) != 1) t = torch::stable::contiguous(t);
+    return {data(name, t), t.stride(0), t.stride(1)};
   }
 
   /// Two positive numbers, or two non-negative ones.
@@ -170,7 +150,7 @@ struct Checker {
     expect(has_size, weight_name, " was given without size");
     expect(g.queries == g.keys, weight_name, " needs as many queries as keys, got ", g.queries, " and ",
            g.keys);
-    const Sizes shape = shape_of(*weight);
+    const SizesRef shape = weight->sizes();
     expect(shape.size() == 4 && shape[1] == 1 && (shape[0] == g.head_dim || shape[0] == g.channels()),
            weight_name, " has shape ", show(shape), ", expected (", g.head_dim,
            ", 1, kh, kw) shared by the heads or (", g.channels(), ", 1, kh, kw)");
@@ -185,10 +165,13 @@ struct Checker {
   }
 };
 
-/// Channels adjacent: as it is, or contiguous.
-Tokens readable(Tensor& t) {
-  if (t.stride(2) != 1 && t.size(2) != 1) t = torch::stable::contiguous(t);
-  return {t.const_data_ptr(), t.stride(0), t.stride(1)};
+/// Whether the numbers a call computes with can be counted: S alone has C D of them for every window.
+bool is_countable(const Geometry& g) {
+  std::int64_t count = g.channels();
+  for (const std::int64_t factor : {g.head_dim + 1, g.batch > 0 ? g.batch : 1, g.windows()}) {
+    if (__builtin_mul_overflow(count, factor, &count)) return false;
+  }
+  return count <= std::numeric_limits<std::int64_t>::max() / 8;
 }
 
 }  // namespace
@@ -201,26 +184,28 @@ void check(AttentionArgs& args, AttentionInputs& in) {
   check.tokens("k", args.k);
   check.tokens("v", args.v);
   for (auto [name, t] : {std::pair<const char*, Tensor*>{"k", &args.k}, {"v", &args.v}}) {
-    check.device(name, *t, args.q, "q");
-    check.dtype(name, *t, args.q, "q");
+    check.device(name, *t, args.q);
+    check.dtype(name, *t, args.q);
   }
   Geometry& g = in.geometry;
   g.batch = args.q.size(0);
   g.queries = args.q.size(1);
   g.keys = args.k.size(1);
   const std::int64_t channels = args.q.size(2);
-  check.expect(channels >= 1, "q has shape ", show(shape_of(args.q)), ", expected at least one channel");
-  check.expect(g.keys >= 1, "k has shape ", show(shape_of(args.k)), ", expected at least one key");
-  check.expect(shape_of(args.k) == Sizes{g.batch, g.keys, channels}, "k has shape ", show(shape_of(args.k)),
-               ", expected (", g.batch, ", M, ", channels, ") to go with q ", show(shape_of(args.q)));
-  check.expect(shape_of(args.v) == shape_of(args.k), "v has shape ", show(shape_of(args.v)),
-               ", expected k's ", show(shape_of(args.k)));
+  check.expect(channels >= 1, "q has shape ", show(args.q.sizes()), ", expected at least one channel");
+  check.expect(g.keys >= 1, "k has shape ", show(args.k.sizes()), ", expected at least one key");
+  check.expect(same(args.k.sizes(), {g.batch, g.keys, channels}), "k has shape ", show(args.k.sizes()),
+               ", expected (", g.batch, ", M, ", channels, ") to go with q ", show(args.q.sizes()));
+  check.expect(same(args.v.sizes(), args.k.sizes()), "v has shape ", show(args.v.sizes()), ", expected k's ",
+               show(args.k.sizes()));
   check.expect(args.num_heads >= 1 && channels % args.num_heads == 0, "num_heads is ", args.num_heads,
                ", expected a positive divisor of the ", channels, " channels");
   g.heads = args.num_heads;
   g.head_dim = channels / args.num_heads;
 
   check.geometry(g, args.size, args.window, args.shift);
+  check.expect(is_countable(g), "q has shape ", show(args.q.sizes()), ", too large for ", g.heads,
+               " heads in ", g.windows(), " windows");
   in.taps = check.taps("dwc_weight", args.dwc_weight, "dwc_bias", args.dwc_bias, g, args.size.has_value(),
                        args.q, in.dtype);
   check.expect(std::isfinite(args.eps) && args.eps >= 0, "eps is ", args.eps,
@@ -241,51 +226,52 @@ void check(AttentionArgs& args, AttentionInputs& in) {
     check.expect(!args.scale && !args.key_bias,
                  "scale and key_bias belong to the focused mapping, expected None without focusing_factor");
   }
-  in.query = readable(args.q);
-  in.key = readable(args.k);
-  in.value = readable(args.v);
+  in.query = check.readable("q", args.q);
+  in.key = check.readable("k", args.k);
+  in.value = check.readable("v", args.v);
 }
 
 void check(ConvArgs& args, ConvInputs& in) {
-  const Checker check{"depthwise_conv"};
+  const Checker check{"depthwise_conv", "x"};
   in.dtype = check.tokens("x", args.x);
   Geometry& g = in.geometry;
   g.batch = args.x.size(0);
   g.queries = g.keys = args.x.size(1);
   const std::int64_t channels = args.x.size(2);
-  check.expect(channels >= 1 && g.keys >= 1, "x has shape ", show(shape_of(args.x)),
+  check.expect(channels >= 1 && g.keys >= 1, "x has shape ", show(args.x.sizes()),
                ", expected at least one token and one channel");
-  check.expect(args.weight && args.weight->dim() == 4 && args.weight->size(0) >= 1 &&
+  check.expect(args.weight->dim() == 4 && args.weight->size(0) >= 1 &&
                    channels % args.weight->size(0) == 0,
-               "weight has shape ", args.weight ? show(shape_of(*args.weight)) : "()",
+               "weight has shape ", show(args.weight->sizes()),
                ", expected (D, 1, kh, kw) with D dividing the ", channels, " channels of x");
   // A kernel of D < C filters is shared by C / D heads.
   g.head_dim = args.weight->size(0);
   g.heads = channels / g.head_dim;
   check.geometry(g, args.size, args.window, args.shift);
   in.taps = check.taps("weight", args.weight, "bias", args.bias, g, args.size.has_value(), args.x, in.dtype);
-  in.x = readable(args.x);
+  in.x = check.readable("x", args.x);
 }
 
 Tokens check_grad_out(const char* op, Tensor& grad_out, const Tensor& q) {
-  const Checker check{op};
+  const Checker check{op, "the input"};
   check.tokens("grad_out", grad_out);
-  check.device("grad_out", grad_out, q, "the input");
-  check.dtype("grad_out", grad_out, q, "the input");
-  check.expect(shape_of(grad_out) == shape_of(q), "grad_out has shape ", show(shape_of(grad_out)),
-               ", expected ", show(shape_of(q)));
-  return readable(grad_out);
+  check.device("grad_out", grad_out, q);
+  check.dtype("grad_out", grad_out, q);
+  check.expect(same(grad_out.sizes(), q.sizes()), "grad_out has shape ", show(grad_out.sizes()),
+               ", expected ", show(q.sizes()));
+  return check.readable("grad_out", grad_out);
 }
 
-const void* check_state(const Tensor& state, const AttentionInputs& inputs) {
-  if (state.numel() == 0) return nullptr;
+const void* check_state(const Tensor& state, const Tensor& q, const AttentionInputs& inputs) {
   const Checker check{"attention_backward"};
+  check.device("state", state, q);
+  if (state.numel() == 0) return nullptr;
   const std::int64_t expected = state_elements(inputs.geometry);
   check.expect(state.numel() == expected && state.is_contiguous() &&
                    state.scalar_type() == scalar_type(accumulate_dtype(inputs.dtype)),
                "state has ", state.numel(), " elements of ", show(state.scalar_type()),
                ", expected what attention_forward returned: ", expected, " contiguous elements");
-  return state.const_data_ptr();
+  return check.data("state", state);
 }
 
 }  // namespace flatten

@@ -46,6 +46,6 @@ void check(ConvArgs& args, ConvInputs& inputs);
 Tokens check_grad_out(const char* op, Tensor& grad_out, const Tensor& q);
 
 /// The state a forward left: empty, or state_elements() numbers.
-const void* check_state(const Tensor& state, const AttentionInputs& inputs);
+const void* check_state(const Tensor& state, const Tensor& q, const AttentionInputs& inputs);
 
 }  // namespace flatten

@@ -31,12 +31,13 @@ STABLE_TORCH_LIBRARY(flatten, m) {
       "depthwise_conv_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, SymInt[] size, "
       "SymInt[]? window, SymInt[]? shift, bool[] output_mask) -> Tensor[]");
 
-  // The checks of the operators alone: what the plain-torch fallback calls first.
+  // The checks of the operators alone, with what a backward gets besides: what the plain-torch fallback and
+  // meta tensors call first.
   m.def(
       "check_attention(Tensor q, Tensor k, Tensor v, int num_heads, Tensor? scale, Tensor? key_bias, "
       "Tensor? dwc_weight, Tensor? dwc_bias, SymInt[]? size, SymInt[]? window, SymInt[]? shift, "
-      "float? focusing_factor, float eps) -> ()");
+      "float? focusing_factor, float eps, Tensor? grad_out=None, Tensor? state=None) -> ()");
   m.def(
       "check_depthwise_conv(Tensor x, Tensor weight, Tensor? bias, SymInt[] size, SymInt[]? window, "
-      "SymInt[]? shift) -> ()");
+      "SymInt[]? shift, Tensor? grad_out=None) -> ()");
 }

@@ -73,7 +73,8 @@ Tensor empty_on_device_of(const Tensor& like, const Sizes& sizes, Dtype dtype) {
   std::int64_t stride = 1;
   for (std::size_t i = sizes.size(); i-- > 0;) {
     strides[i] = stride;
-    stride *= sizes[i] > 0 ? sizes[i] : 1;
+    if (sizes[i] > 0 && __builtin_mul_overflow(stride, sizes[i], &stride))
+      throw std::runtime_error("flatten: an output of more elements than 64 bits count");
   }
   std::int32_t device_type = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));

@@ -55,6 +55,8 @@ def attention_arguments(tensors: Sequence[Any], options: tuple) -> tuple[Any, ..
 
 def _worth_saving(q: Tensor, k: Tensor, num_heads: int, window: Sequence[int] | None) -> bool:
     """Whether S and m stay within the budget. Under dynamic shapes, only if that holds for all of them."""
+    if q.dim() != 3 or k.dim() != 3 or num_heads < 1 or (window is not None and len(window) != 2):
+        return False  # attention_forward will say what is wrong
     per_window = k.shape[1] if window is None else window[0] * window[1]
     state_bytes = (q.shape[2] // num_heads + 1) * max(q.element_size(), 4)
     return statically_known_true(state_bytes <= _STATE_BUDGET * 3 * per_window * q.element_size())

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
@@ -112,11 +113,56 @@ def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _is_traced(t: Tensor) -> bool:
+    """A traced call is checked when it runs, with its true sizes; one on meta tensors at once."""
+    return isinstance(t, FakeTensor)
+
+
+def _fake_attention(
+    q, k, v, num_heads, scale=None, key_bias=None, dwc_weight=None, dwc_bias=None,
+    size=None, window=None, shift=None, focusing_factor=3.0, eps=1e-6,
+):  # fmt: skip
+    if not _is_traced(q):
+        _ops.check_attention.default(
+            q,
+            k,
+            v,
+            num_heads,
+            scale,
+            key_bias,
+            dwc_weight,
+            dwc_bias,
+            size,
+            window,
+            shift,
+            focusing_factor,
+            eps,
+        )
+    return q.new_empty(q.shape)
+
+
+def _fake_linear_attention(
+    q, k, v, num_heads, dwc_weight=None, dwc_bias=None, size=None, window=None, shift=None, eps=1e-6
+):
+    return _fake_attention(
+        q, k, v, num_heads, None, None, dwc_weight, dwc_bias, size, window, shift, None, eps
+    )
+
+
+def _fake_conv(x, weight, bias, size, window=None, shift=None):
+    if not _is_traced(x):
+        _ops.check_depthwise_conv.default(x, weight, bias, size, window, shift)
+    return x.new_empty(x.shape)
+
+
 def _fake_forward(
     q, k, v, num_heads, scale, key_bias, dwc_weight, dwc_bias, size, window, shift, focusing_factor, eps, save
 ):
+    out = _fake_attention(
+        q, k, v, num_heads, scale, key_bias, dwc_weight, dwc_bias, size, window, shift, focusing_factor, eps
+    )
     state = _state_shape(q, k, num_heads, size, window) if save else [0]
-    return q.new_empty(q.shape), q.new_empty(state, dtype=_accumulate_dtype(q.dtype))
+    return out, q.new_empty(state, dtype=_accumulate_dtype(q.dtype))
 
 
 def _fake_gradients(tensors, mask) -> list[Tensor]:
@@ -127,10 +173,16 @@ def _fake_attention_backward(
     grad_out, q, k, v, num_heads, scale, key_bias, dwc_weight, dwc_bias, size, window, shift,
     focusing_factor, eps, state, output_mask,
 ):  # fmt: skip
-    return _fake_gradients((q, k, v, scale, key_bias, dwc_weight, dwc_bias), output_mask)
+    tensors = (q, k, v, scale, key_bias, dwc_weight, dwc_bias)
+    if not _is_traced(q):
+        options = (num_heads, size, window, shift, focusing_factor, eps)
+        _ops.check_attention.default(*attention_arguments(tensors, options), grad_out, state)
+    return _fake_gradients(tensors, output_mask)
 
 
 def _fake_conv_backward(grad_out, x, weight, bias, size, window, shift, output_mask):
+    if not _is_traced(x):
+        _ops.check_depthwise_conv.default(x, weight, bias, size, window, shift, grad_out)
     return _fake_gradients((x, weight, bias), output_mask)
 
 
@@ -138,9 +190,9 @@ def _register_fake(name: str, function: Callable) -> None:
     torch.library.register_fake(f"flatten::{name}", function, lib=_library)
 
 
-_register_fake("attention", lambda q, *args, **kwargs: q.new_empty(q.shape))
-_register_fake("linear_attention", lambda q, *args, **kwargs: q.new_empty(q.shape))
-_register_fake("depthwise_conv", lambda x, *args, **kwargs: x.new_empty(x.shape))
+_register_fake("attention", _fake_attention)
+_register_fake("linear_attention", _fake_linear_attention)
+_register_fake("depthwise_conv", _fake_conv)
 _register_fake("attention_forward", _fake_forward)
 _register_fake("attention_backward", _fake_attention_backward)
 _register_fake("depthwise_conv_backward", _fake_conv_backward)
@@ -191,12 +243,12 @@ def _fallback_attention_backward(
 ):  # fmt: skip
     options = (num_heads, size, window, shift, focusing_factor, eps)
     tensors = (q, k, v, scale, key_bias, dwc_weight, dwc_bias)
-    _ops.check_attention.default(*attention_arguments(tensors, options))
+    _ops.check_attention.default(*attention_arguments(tensors, options), grad_out, state)
     return _detached(reference_gradients(ATTENTION, options, output_mask, grad_out, tensors))
 
 
 def _fallback_conv_backward(grad_out, x, weight, bias, size, window, shift, output_mask):
-    _ops.check_depthwise_conv.default(x, weight, bias, size, window, shift)
+    _ops.check_depthwise_conv.default(x, weight, bias, size, window, shift, grad_out)
     return _detached(
         reference_gradients(CONV, (size, window, shift), output_mask, grad_out, (x, weight, bias))
     )

@@ -87,7 +87,7 @@ std::vector<Tensor> attention_backward(Tensor grad_out, Tensor q, Tensor k, Tens
   AttentionBackward backward;
   check(args, backward);
   backward.grad_out = check_grad_out("attention_backward", grad_out, args.q);
-  backward.state = check_state(state, backward);
+  backward.state = check_state(state, args.q, backward);
   std::vector<Tensor> gradients = allocate_gradients(args, output_mask, backward);
   if (!gradients.empty() && !is_empty(backward.geometry)) run(backward, args.q);
   return gradients;
