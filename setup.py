@@ -151,6 +151,8 @@ def cuda_sources() -> list[Path]:
 class BuildLibraries(build_ext):
     """Writes a build.ninja for each Library and runs it, so that a change rebuilds only what it touched."""
 
+    extensions: list[setuptools.Extension]
+
     def finalize_options(self) -> None:
         super().finalize_options()
         self.cuda = cuda_or_none()
@@ -206,7 +208,10 @@ class BuildLibraries(build_ext):
             nvcc = str(self.cuda.nvcc)
             host = ["-ccbin", cxx[0], "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
             nvccflags = shlex.join(["-std=c++17", "-O3", "-lineinfo", *self.cuda.gencode(), *host])
-        soname = ["-Wl,-install_name,@rpath/" + output.name] if sys.platform == "darwin" else []
+        if sys.platform == "darwin":
+            ldflags.append("-Wl,-install_name,@rpath/" + output.name)
+        elif name != "_C":
+            ldflags.append(f"-Wl,--version-script={CSRC / 'exports.map'}")
         shared = "-dynamiclib" if sys.platform == "darwin" and name != "_C" else "-shared"
         if sys.platform == "darwin" and name == "_C":
             shared = "-bundle -undefined dynamic_lookup"
@@ -216,7 +221,7 @@ class BuildLibraries(build_ext):
             f"cxxflags = {shlex.join(cxxflags)}",
             f"nvcc = {nvcc}",
             f"nvccflags = {nvccflags}",
-            f"ldflags = {shlex.join([*ldflags, *soname])}",
+            f"ldflags = {shlex.join(ldflags)}",
             f"libraries = {shlex.join(libraries).replace('$', '$$')}",
             f"rule cxx\n  command = $cxx -MMD -MF $out.d $cxxflags $isa -c $in -o $out{DEPFILE}",
             f"rule nvcc\n  command = $nvcc -MD -MF $out.d $nvccflags -c $in -o $out{DEPFILE}",
@@ -231,7 +236,7 @@ class BuildLibraries(build_ext):
             if source.stem in ISA_FLAGS:
                 lines.append(f"  isa = {ISA_FLAGS[source.stem]}")
         # What is linked as a file is linked again when it changes.
-        files = [ninja_path(library) for library in libraries if library.endswith(".so")]
+        files = [ninja_path(Path(library)) for library in libraries if library.endswith(".so")]
         lines.append(f"build {ninja_path(output)}: link {' '.join(objects)} | {' '.join(files)}")
         return "\n".join(lines) + "\n"
 
