@@ -72,7 +72,7 @@ VARIANTS = (
 
 
 @torch.no_grad()
-def influence(layer: nn.Module, x: Tensor, size: Size, query: int) -> Tensor:
+def influence(layer: SoftmaxAttention | FocusedLinearAttention, x: Tensor, size: Size, query: int) -> Tensor:
     """How strongly each token's value acts on the output of token `query`, for one image.
 
     All three attentions are linear in v, so unit values, one token at a time, read off the weights that the
@@ -80,7 +80,7 @@ def influence(layer: nn.Module, x: Tensor, size: Size, query: int) -> Tensor:
     map of the heads, for focused + DWC that map plus the convolution's footprint.
 
     Args:
-        layer: SoftmaxAttention or FocusedLinearAttention.
+        layer: what to look into.
         x: (1, N, C), what the layer sees.
         size: (H, W) of the map.
         query: index of a token.
@@ -94,14 +94,14 @@ def influence(layer: nn.Module, x: Tensor, size: Size, query: int) -> Tensor:
     if isinstance(layer, SoftmaxAttention):
         weights = layer.attend(q, k, units)
     else:
-        dwc = layer.dwc
+        encoding, dwc = layer.positional_encoding, layer.dwc
         weights = attention(
             q,
             k,
             units,
             layer.num_heads,
             F.softplus(layer.scale).flatten(),
-            layer.positional_encoding[0],
+            None if encoding is None else encoding[0],
             dwc_weight=None if dwc is None else dwc.weight,
             size=size,
             focusing_factor=layer.focusing_factor,

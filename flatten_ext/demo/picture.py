@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatten_ext.demo.attentions import influence
+from flatten_ext import FocusedLinearAttention
+from flatten_ext.demo.attentions import SoftmaxAttention, influence
 from flatten_ext.demo.images import Images
-from flatten_ext.demo.models import MicroViT
+from flatten_ext.demo.models import Block, MicroViT
 from flatten_ext.demo.run import CAVEAT, Outcome
 from flatten_ext.extras import require
 from flatten_ext.output import replacing
@@ -35,6 +36,8 @@ def _query_token(image: Tensor, size: tuple[int, int]) -> int:
 def _map_of(model: MicroViT, image: Tensor, query: int) -> Tensor:
     """The first block's influence map, (H, W), of one (1, 28, 28) image."""
     block = model.blocks[0]
+    assert isinstance(block, Block)
+    assert isinstance(block.attention, SoftmaxAttention | FocusedLinearAttention)
     return influence(block.attention, block.norm1(model.patch_embed(image[None])), block.size, query)
 
 

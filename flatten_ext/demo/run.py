@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from flatten_ext import info
 from flatten_ext.demo.attentions import VARIANTS, Variant
@@ -40,7 +39,7 @@ class Outcome:
 
     variant: Variant
     parameters: int
-    model: nn.Module
+    model: MicroViT
     runs: list[Run] = field(default_factory=list)
 
     @property

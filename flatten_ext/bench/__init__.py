@@ -1,0 +1,1 @@
+"""Benchmarks that check before they time: `python -m flatten_ext bench`."""

@@ -1,0 +1,157 @@
+"""Fair timings: everything in one process, contenders in turn, medians.
+
+Fresh processes differ by more than contenders do (page faults of new buffers alone move an eager baseline by
+up to 3x), and a machine's speed drifts; so contenders take turns, in an order that rotates, and are compared
+by the medians of those turns.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+
+__all__ = [
+    "CLOCKS",
+    "Timing",
+    "copy_bandwidth",
+    "in_turn",
+    "mm_rate",
+    "peak_memory",
+    "synchronize",
+    "threads",
+    "use_clock",
+]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one call: the median of `rounds` and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device's queued work; nothing to do on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Runs the block with `count` threads within operators."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# Seconds by the wall, or the processor time of this process: with one thread the two differ only by what
+# other programs took, so the second is the one to use on a machine that is busy with other work.
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+_clock = CLOCKS["wall"]
+
+
+def use_clock(name: str) -> None:
+    """Selects the clock of all timings: "wall" or "cpu"."""
+    global _clock
+    _clock = CLOCKS[name]
+
+
+def _once(call: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    started = _clock()
+    call()
+    synchronize(device)
+    return 1e3 * (_clock() - started)
+
+
+def in_turn(
+    calls: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    seconds: float = 1.0,
+    rounds: int = 40,
+    at_least: int = 5,
+    give_up_ms: float = 4000,
+) -> dict[str, Timing]:
+    """Times every call in rounds of one call each.
+
+    Args:
+        calls: what to time, by name.
+        device: where they run.
+        seconds: time to spend on each call, on average.
+        rounds, at_least: bounds on the number of rounds.
+        give_up_ms: a call whose first run takes longer is timed on that run alone.
+    """
+    first: dict[str, float] = {}
+    for name, call in calls.items():
+        call()  # compiles, packs weights, faults pages in
+        first[name] = _once(call, device)
+    racing = [name for name in calls if first[name] <= give_up_ms]
+    samples: dict[str, list[float]] = {name: [] for name in racing}
+    started = time.perf_counter()
+    for turn in range(rounds):
+        if turn >= at_least and time.perf_counter() - started > seconds * max(1, len(racing)):
+            break
+        for i in range(len(racing)):
+            name = racing[(turn + i) % len(racing)]
+            samples[name].append(_once(calls[name], device))
+    timings = {}
+    for name in calls:
+        times = samples.get(name) or [first[name]]
+        low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
+        timings[name] = Timing(statistics.median(times), low, high, len(times))
+    return timings
+
+
+def mm_rate(device: torch.device, n: int = 2048, repeats: int = 5) -> float:
+    """The best rate, in GFLOP/s, of a float32 torch.mm of n x n matrices: the yardstick for arithmetic."""
+    a, b = torch.rand(2, n, n, device=device)
+    out = torch.mm(a, b)
+    best = min(_once(lambda: torch.mm(a, b, out=out), device) for _ in range(repeats))
+    return 2 * n**3 / best / 1e6
+
+
+def copy_bandwidth(device: torch.device, megabytes: int = 256, repeats: int = 7) -> float:
+    """The best rate, in GB/s read plus written, of a copy too large for the caches."""
+    a = torch.zeros(megabytes << 18, device=device)
+    b = torch.ones_like(a)
+    best = min(_once(lambda: b.copy_(a), device) for _ in range(repeats))
+    return 2 * a.nbytes / best / 1e6
+
+
+def peak_memory(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes that `call` holds at its peak beyond what was held before, as torch's allocator counts them."""
+    call()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    from torch.autograd import DeviceType
+
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        call()
+    events = profile.profiler.kineto_results.events()
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]" and event.device_type() == DeviceType.CPU:
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak

@@ -1,0 +1,231 @@
+"""The benchmarks: they refuse wrong kernels, agree with quadratic formulas, and write what they measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("matplotlib")
+pytest.importorskip("timm")
+
+from typer.testing import CliRunner
+
+from flatten_ext import reference
+from flatten_ext.bench import ablation, alternatives, charts, mixers, quality, stages, tables, timing
+from flatten_ext.bench.check import CheckFailed, check_focused, relative_error
+from flatten_ext.bench.formulas import eager_attention, make_inputs
+from flatten_ext.bench.results import Results
+from flatten_ext.bench.shapes import QUICK_STAGES, STAGES, Shape, token_ladder
+from flatten_ext.cli import build_app
+from flatten_ext.demo.images import load_mnist
+from flatten_ext.demo.training import Budget
+
+CPU = torch.device("cpu")
+SMALL = Shape("small", 2, (4, 6), 32, 2, window=2)
+
+
+@pytest.fixture
+def compare(monkeypatch):
+    """benchmarks/compare.py: a script beside the package."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    return importlib.import_module("compare")
+
+
+def test_the_eager_baseline_is_the_formula():
+    inputs = make_inputs(SMALL, CPU).to(torch.float64)
+    arguments = (*inputs.qkv, SMALL.heads, *inputs.tensors[3:], SMALL.size)
+    torch.testing.assert_close(eager_attention(*arguments), reference.attention(*arguments))
+
+
+def test_a_wrong_kernel_is_not_timed():
+    inputs = make_inputs(SMALL, CPU)
+
+    def off_by_little(*arguments):
+        return reference.attention(*arguments) * 1.001
+
+    def wrong_gradient(q, *arguments):
+        return reference.attention(q.detach() + (q - q.detach()) * 1.001, *arguments)
+
+    check_focused("reference", reference.attention, inputs, SMALL)
+    with pytest.raises(CheckFailed, match=r"bad: output has relative error 1.0e-03"):
+        check_focused("bad", off_by_little, inputs, SMALL)
+    with pytest.raises(CheckFailed, match=r"bad: gradient of q"):
+        check_focused("bad", wrong_gradient, inputs, SMALL)
+    with pytest.raises(CheckFailed, match="flatten: output"):
+        list(stages.run_stages([SMALL], CPU, compiled=False, seconds=0, op=off_by_little))
+
+
+def test_nan_is_an_infinite_error():
+    assert relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2)) == float("inf")
+
+
+@pytest.mark.parametrize("name", [n for n in alternatives.ALTERNATIVES if n not in alternatives.GPU_ONLY])
+def test_every_alternative_agrees_with_its_quadratic_formula(name):
+    mixer = alternatives.ALTERNATIVES[name]
+    if mixer is mixers.Performer:
+        pytest.importorskip("performer_pytorch")
+    if mixer is mixers.Linformer:
+        pytest.importorskip("linformer")
+    alternatives.check(name, SMALL, CPU)
+
+
+def test_what_cannot_run_is_named_and_stops_nothing(monkeypatch):
+    class Wrong(mixers.Softmax):
+        def forward(self, q, k, v):
+            return super().forward(q, k, v) + 1
+
+    monkeypatch.setitem(alternatives.ALTERNATIVES, "softmax", Wrong)
+    good, reasons = alternatives.runnable(CPU, ["flatten", "softmax", "Hydra", "NATTEN"])
+    assert good == ["flatten", "Hydra"]
+    assert "failed its check" in reasons["softmax"]
+    assert reasons["NATTEN"] == "has GPU kernels only"
+    monkeypatch.setitem(alternatives.ALTERNATIVES, "flatten", Wrong)
+    with pytest.raises(CheckFailed):
+        alternatives.runnable(CPU, ["flatten"])
+
+
+def test_shapes_are_those_of_the_published_models():
+    assert [(s.tokens, s.channels, s.heads) for s in STAGES if s.name.startswith("Swin-T")] == [
+        (3136, 96, 3),
+        (784, 192, 6),
+        (196, 384, 12),
+        (49, 768, 24),
+    ]
+    assert STAGES[0].flops == 8 * 3136 * (4 * 96 * 32 + 2 * 25 * 96)
+    assert [shape.tokens for shape in token_ladder(6, 9)] == [64, 128, 256, 512]
+
+
+def test_turns_rotate_and_slow_calls_run_once():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    times = timing.in_turn(calls, CPU, seconds=0, at_least=3)
+    assert "".join(order) == "aabbcc" + "abc" + "bca" + "cab"
+    assert {t.rounds for t in times.values()} == {3}
+    order.clear()
+    times = timing.in_turn(calls, CPU, give_up_ms=-1)
+    assert "".join(order) == "aabbcc"
+    assert {t.rounds for t in times.values()} == {1}
+
+
+def test_peak_memory_is_the_peak():
+    def call():
+        a = torch.ones(1 << 20)  # 4 MiB
+        b = a + 1
+        del a
+        return b + 1  # two alive at any time
+
+    assert 8 << 20 <= timing.peak_memory(call, CPU) < 9 << 20
+
+
+def results_of(*rows) -> Results:
+    """A record of (tokens, contender, milliseconds) rows."""
+    found = [
+        stages.Measurement("tokens", str(n), n, name, mode, 1, timing.Timing(ms, ms, ms, 5), n * 1024)
+        for n, name, ms in rows
+        for mode in stages.MODES
+    ]
+    return Results(stages.record(found, {1: 100.0}, CPU, "wall"))
+
+
+def test_crossover_lies_where_the_lines_meet():
+    line = [(n, "flatten", n * 1.0) for n in (64, 256, 1024)]
+    quadratic = [(n, "softmax", n * n / 256) for n in (64, 256, 1024)]
+    results = results_of(*line, *quadratic, *((n, "Hydra", n * 2.0) for n in (64, 256)))
+    where = charts.crossover(results, "tokens", "softmax", stages.MODES[0], 1)
+    assert where == pytest.approx(256)
+    assert charts.crossover(results, "tokens", "Hydra", stages.MODES[0], 1) is None
+    assert results.interpolate("tokens", "flatten", stages.MODES[0], 1, 128) == pytest.approx(128)
+    table = tables.tokens_table(results, 1, {"flatten": "ours", "softmax": "softmax", "Hydra": "Hydra"})
+    assert [row[-1] for row in table.rows] == ["", "256 tokens", "every size"]
+    assert table.rows[2][3] == "-"
+
+
+def test_compare_flags_slow_downs_beyond_noise(tmp_path, capsys, compare):
+    def write(name, **times):
+        record = results_of().record
+        for contender, (low, median, high) in times.items():
+            ms = {"median": median, "low": low, "high": high, "rounds": 9}
+            identity = {
+                "suite": "stages",
+                "shape": contender,
+                "contender": "flatten",
+                "mode": "forward",
+                "threads": 1,
+            }
+            record["measurements"].append({**identity, "ms": ms})
+        (tmp_path / name).write_text(json.dumps(record))
+        return str(tmp_path / name)
+
+    before = write("a.json", same=(9, 10, 11), noisy=(5, 10, 20), slow=(9, 10, 11), fast=(9, 10, 11))
+    after = write("b.json", same=(9, 10.5, 11), noisy=(15, 18, 30), slow=(12, 13, 14), fast=(4, 5, 6))
+    assert compare.main([before, after]) == 1
+    lines = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if "flatten" in line}
+    assert [line.split()[-1] for line in lines.values()] == ["1.05", "1.80", "slower", "faster"]
+    assert compare.main([before, before]) == 0
+    assert compare.main([before, after, "--threshold", "0.5"]) == 0
+
+    other = json.loads(Path(after).read_text())
+    other["machine"]["cpu"] = "an abacus"
+    Path(after).write_text(json.dumps(other))
+    assert compare.main([before, after]) == 2
+    assert "abacus" in capsys.readouterr().err
+    assert compare.main([before, after, "--force"]) == 1
+    (tmp_path / "c.json").write_text("[]")
+    with pytest.raises(SystemExit):
+        compare.main([before, str(tmp_path / "c.json")])
+
+
+def test_analysis_sees_rank_and_entropy():
+    torch.manual_seed(0)
+    images = torch.randn(2, 1, 28, 28)
+
+    def facts(variant):
+        def attention(*arguments):
+            return ablation.MixerAttention(*arguments, mixer=ablation.VARIANTS[variant])
+
+        return ablation.analyse(ablation.MODELS["DeiT-like"](attention), images)[0]
+
+    assert facts("Hydra")["attention_rank"] == pytest.approx(1)  # an outer product by construction
+    linear = facts("ReLU linear + DWC")
+    assert (
+        linear["attention_rank"] <= 16 < linear["rank"] <= 49
+    )  # head_dim bounds the one, the DWC lifts the other
+    assert facts("DWC alone")["entropy"] is None
+    assert (
+        facts("focused p=8")["entropy"]
+        < facts("focused p=2")["entropy"]
+        < facts("ReLU linear (p=1)")["entropy"]
+    )
+
+
+@pytest.mark.parametrize("model", ablation.MODELS)
+def test_an_ablation_run_is_written_and_resumed(tmp_path, model):
+    budget = Budget(epochs=1, train_images=64, test_images=50, evaluations=1)
+    todo = [quality.Task(model, "focused p=3 + DWC", seed) for seed in range(2)]
+    assert quality.pending(todo, tmp_path, budget) == todo
+    result = ablation.run(model, "focused p=3 + DWC", 0, load_mnist(), budget)
+    quality.write_json(todo[0].path(tmp_path), result)
+    assert quality.pending(todo, tmp_path, budget) == todo[1:]
+    assert quality.pending(todo, tmp_path, dataclasses.replace(budget, epochs=2)) == todo
+    summary = quality.summarise(quality.collect(todo, tmp_path, budget), budget)
+    assert summary["variants"][0]["accuracy_mean"] == result["accuracy"]
+    assert summary["variants"][0]["accuracy_deviation"] is None
+
+
+def test_quick_bench_writes_json_markdown_and_svg(tmp_path, compare):
+    arguments = ["bench", "--quick", "--threads", "1", "--output", str(tmp_path)]
+    result = CliRunner().invoke(build_app(), arguments)
+    assert result.exit_code == 0, result.output
+    assert "geometric mean" in result.output
+    results = Results.read(tmp_path / "stages.json")
+    assert results.shapes("stages") == [shape.name for shape in QUICK_STAGES]
+    assert results.contenders("stages") == ["flatten", "eager", "softmax"]
+    assert (tmp_path / "stages.svg").read_text().startswith("<?xml")
+    assert "| geometric mean |" in (tmp_path / "stages.md").read_text()
+    assert compare.main([str(tmp_path / "stages.json")] * 2) == 0
