@@ -4,6 +4,7 @@
 #include <mutex>
 
 #include "launch.h"
+#include "tensorcore.h"
 
 namespace flatten::cuda {
 
@@ -30,11 +31,13 @@ cudaError_t current_device(Device* device) {
 }
 
 std::int64_t workspace_bytes(const AttentionForward& params, const Device& device) {
+  if (tensorcore::takes(params, device)) return tensorcore::workspace_bytes(params, device);
   return general::workspace_bytes(params, device);
 }
 
 cudaError_t launch(const AttentionForward& params, const Device& device, void* workspace,
                    cudaStream_t stream) {
+  if (tensorcore::takes(params, device)) return tensorcore::launch(params, device, workspace, stream);
   return general::launch(params, device, workspace, stream);
 }
 

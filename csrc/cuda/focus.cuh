@@ -1,0 +1,329 @@
+// phi_p on tensor-core tiles: 32 tokens by 32 channels to a warp and step.
+//
+// Lane 4g + t holds tokens g, g + 8, g + 16, g + 24 and of each the channels 8t .. 8t + 7: one 16-byte load
+// from global memory per token, 64 adjacent bytes per token over the quad. The registers of a load are
+// fragment registers already, for a channel order that mma never notices: word w of lane t holds channels
+// 8t + 2w and 8t + 2w + 1 of its eight.
+//
+// The norms run over all channels, that is over the warps of a group that hold the slices of the same 32
+// tokens; they exchange partial sums through shared memory.
+#pragma once
+
+#include "mma.cuh"
+#include "tensorcore_params.h"
+
+namespace flatten::cuda::tensorcore {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+struct Lane {
+  int index = threadIdx.x % 32;
+  int g = index / 4;
+  int t = index % 4;
+  __device__ Lane() { keep(index), keep(g), keep(t); }
+};
+
+/// Element i of a parameter.
+template <typename T>
+__device__ __forceinline__ float element(const Floats& floats, int64_t i) {
+  return floats.half ? static_cast<float>(static_cast<const T*>(floats.data)[i])
+                     : static_cast<const float*>(floats.data)[i];
+}
+
+__device__ __forceinline__ void load8(float (&x)[8], const float* from) {
+  const float4 low = reinterpret_cast<const float4*>(from)[0],
+               high = reinterpret_cast<const float4*>(from)[1];
+  x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
+  x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+}
+
+template <typename T>
+__device__ __forceinline__ void unpack8(float (&y)[8], const uint4& raw) {
+  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    const float2 x = Pair<T>::unpack(words[w]);
+    y[2 * w] = x.x;
+    y[2 * w + 1] = x.y;
+  }
+}
+
+/// The positional encoding of a tile's tokens, seen by one lane.
+struct LaneBias {
+  Floats bias;            // rows aligned to 16 bytes, or null
+  int channels, channel;  // of a row; the lane's first
+  int token, last;        // the lane's first token of the window, and where tokens stop
+  template <typename T>
+  __device__ __forceinline__ void add_and_rectify(float (&x)[8], int slice, int r) const {
+    const int64_t row = min(token + 8 * r, last);
+    const int64_t at = row * channels + channel + slice * kSliceChannels;
+    float addend[8];
+    if (bias.half) {
+      unpack8<T>(addend, *reinterpret_cast<const uint4*>(static_cast<const T*>(bias.data) + at));
+    } else {
+      load8(addend, static_cast<const float*>(bias.data) + at);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = fmaxf(x[i] + addend[i], 0.0f);
+  }
+};
+struct NoBias {};
+
+/// What a lane needs of `scale` for its eight channels: y = (relu(x) + eps) / scale = a relu(x) + b.
+struct LaneScale {
+  float a[8], b[8];
+  __device__ __forceinline__ LaneScale(const float* inverse, float eps) {
+    load8(a, inverse);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) b[i] = eps * a[i];
+  }
+};
+
+/// The block's copy of 1 / scale, in shared memory.
+template <typename T>
+__device__ __forceinline__ void load_inverse_scale(float* inverse, const FocusParams& params, int channels) {
+  for (int c = threadIdx.x; c < channels; c += blockDim.x) {
+    inverse[c] = params.scale.data ? 1.0f / element<T>(params.scale, c) : 1.0f;
+  }
+}
+
+__device__ __forceinline__ float square_root(float x) {
+  float y;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+template <int kPower>
+__device__ __forceinline__ float raise(float y, float p) {
+  if constexpr (kPower == 1) return y;
+  if constexpr (kPower == 2) return y * y;
+  if constexpr (kPower == 3) return y * y * y;
+  if constexpr (kPower == 4) return (y * y) * (y * y);
+  float log, result;
+  asm("lg2.approx.f32 %0, %1;" : "=f"(log) : "f"(y));
+  asm("ex2.approx.f32 %0, %1;" : "=f"(result) : "f"(p * log));
+  return result;
+}
+
+__device__ __forceinline__ float quad_max(float v) {
+  v = fmaxf(v, shuffle_xor<1>(v));
+  return fmaxf(v, shuffle_xor<2>(v));
+}
+
+/// Sums each of a lane's four values over its quad; lane t of the quad returns the sum of value t.
+__device__ __forceinline__ float quad_sum(const float (&v)[4], int t) {
+  const bool upper = t & 2, odd = t & 1;
+  float a = upper ? v[2] : v[0], b = upper ? v[3] : v[1];
+  a += shuffle_xor<2>(upper ? v[0] : v[2]);
+  b += shuffle_xor<2>(upper ? v[1] : v[3]);
+  return (odd ? b : a) + shuffle_xor<1>(odd ? a : b);
+}
+
+/// What the lanes of a quad hold for tokens g + 8t, for all of them: of token g + 8r in value r.
+__device__ __forceinline__ void quad_gather(float (&v)[4], float own) {
+  v[0] = quad_broadcast<0>(own);
+  v[1] = quad_broadcast<1>(own);
+  v[2] = quad_broadcast<2>(own);
+  v[3] = quad_broadcast<3>(own);
+}
+
+/// The warps that hold the channel slices of the same 32 tokens.
+class SliceGroup {
+ public:
+  /// Bytes of shared memory for `groups` groups of `slices` warps.
+  static constexpr __host__ __device__ int shared_bytes(int groups, int slices) {
+    return 2 * groups * slices * 32 * 8;
+  }
+
+  __device__ SliceGroup(void* shared, int group, int groups, int slice, int slices)
+      : buffer_(static_cast<float2*>(shared) + group * slices * 32),
+        flip_(groups * slices * 32),
+        group_(group),
+        slice_(slice),
+        slices_(slices) {}
+
+  /// Every lane brings its token's partial values and returns with the totals, the same on all warps: added
+  /// in the order of the slices. Everything the group wrote to shared memory before is visible after.
+  template <typename Add>
+  __device__ __forceinline__ float2 exchange(float2 partial, int lane, Add add) {
+    buffer_[slice_ * 32 + lane] = partial;
+    barrier();
+    const float2* from = buffer_ + lane;
+    buffer_ += flip_;  // next time the other half: the readers of this one may still be at it then
+    flip_ = -flip_;
+    float2 total = *from;
+#pragma unroll 4
+    for (int s = 1; s < slices_; ++s) total = add(total, *(from += 32));
+    return total;
+  }
+
+  __device__ void barrier() { named_barrier(group_ + 1, slices_ * 32); }
+
+ private:
+  float2* buffer_;
+  int flip_, group_, slice_, slices_;
+};
+
+/// phi of a tile, as one warp sees it: powers y^p of its channels and, for the lane's own token g + 8t, the
+/// factor |y| / |y^p| that makes them phi. kMode is a power or kRuntimeMode (FocusParams::mode); kSlices
+/// slices of 32 channels to a warp.
+template <typename T, int kSlices, int kMode>
+class Focus {
+ public:
+  using Powers = float[kSlices][4][8];  // [s][r]: the channels of slice s, token g + 8r
+
+  /// Bytes of shared memory that a warp's tile of inputs takes. Every lane brings its own 16-byte vectors
+  /// there ahead of time and takes them from there, by copy_async and load_shared with offset(s, r), so
+  /// nobody else's are waited for.
+  static constexpr int kTileBytes = kSlices * 4 * 512;
+  static constexpr __host__ __device__ int offset(int s, int r) { return (s * 4 + r) * 512; }
+
+  /// inverse_scale: of the lane's first channel. tile: shared address of the lane's first vector.
+  __device__ Focus(const FocusParams& params, const float* inverse_scale, uint32_t tile, SliceGroup& group,
+                   const Lane& lane)
+      : params_(params), inverse_scale_(inverse_scale), tile_(tile), group_(group), lane_(lane) {}
+
+  /// use(powers, factor) runs once: in one of several places, so that what it makes of the powers, and not
+  /// the powers, has to meet again in the same registers.
+  template <typename Use>
+  __device__ __forceinline__ void operator()(const LaneBias& bias, Use use) const {
+    if (bias.bias.data) return run(bias, use);
+    run(NoBias{}, use);
+  }
+  template <typename Use>
+  __device__ __forceinline__ void operator()(Use use) const {
+    run(NoBias{}, use);
+  }
+
+ private:
+  template <typename Bias, typename Use>
+  __device__ __forceinline__ void run(const Bias& bias, Use use) const {
+    const auto plus = [](float2 a, float2 b) { return float2{a.x + b.x, a.y + b.y}; };
+    const float ones[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+    Powers y;
+    float2 norms;
+    if constexpr (kMode == kRuntimeMode) {
+      if (params_.mode == kNoMapping) {
+        load(y);
+        group_.barrier();
+        return use(y, 1.0f);
+      }
+      load(y, bias);
+      switch (params_.mode) {
+        case 1:
+          norms = raise_all<1>(y, ones);
+          break;
+        case 2:
+          norms = raise_all<2>(y, ones);
+          break;
+        case 3:
+          norms = raise_all<3>(y, ones);
+          break;
+        case 4:
+          norms = raise_all<4>(y, ones);
+          break;
+        default:
+          norms = raise_all<kAnyPower>(y, ones);
+      }
+    } else {
+      load(y, bias);
+      norms = raise_all<kMode>(y, ones);
+    }
+    norms = group_.exchange(norms, lane_.index, plus);
+    constexpr float kTiny = 1e-36f, kHuge = 1e37f;
+    const bool safe = fminf(norms.x, norms.y) > kTiny && fmaxf(norms.x, norms.y) < kHuge;
+    if (__all_sync(kAllLanes, safe)) return use(y, square_root(__fdividef(norms.x, norms.y)));
+
+    // Some token's sum of y^2p left fp32's range, as all warps of the group see: divide the rows by their
+    // largest y first.
+    const auto larger = [](float2 a, float2 b) { return float2{fmaxf(a.x, b.x), 0.0f}; };
+    load(y, bias);
+    const float largest = group_.exchange({largest_y(y), 0.0f}, lane_.index, larger).x;
+    float prescale[4];
+    quad_gather(prescale, largest > 0.0f ? 1.0f / largest : 0.0f);
+    norms = group_.exchange(raise_all<kAnyPower>(y, prescale), lane_.index, plus);
+    use(y, norms.y > 0.0f ? square_root(__fdividef(norms.x, norms.y)) * largest : 0.0f);
+  }
+
+  /// unpack(y[s][r], vector) for all of the tile's vectors.
+  template <typename Unpack>
+  __device__ __forceinline__ void for_each_vector(Powers& y, Unpack unpack) const {
+    unrolled<kSlices>([&](auto s) {
+      unrolled<4>([&](auto r) {
+        uint32_t x[4];
+        load_shared<offset(s, r)>(x, tile_);
+        unpack(y[s][r], x);
+      });
+    });
+  }
+
+  __device__ __forceinline__ void load(Powers& y) const {
+    for_each_vector(
+        y, [](float (&row)[8], const uint32_t (&x)[4]) { unpack8<T>(row, {x[0], x[1], x[2], x[3]}); });
+  }
+  /// y = relu(input + its positional encoding).
+  __device__ __forceinline__ void load(Powers& y, const LaneBias& bias) const {
+    load(y);
+#pragma unroll
+    for (int s = 0; s < kSlices; ++s) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) bias.template add_and_rectify<T>(y[s][r], s, r);
+    }
+  }
+  __device__ __forceinline__ void load(Powers& y, const NoBias&) const {
+    for_each_vector(y, [](float (&row)[8], const uint32_t (&x)[4]) {
+      unpack8<T>(row, {Pair<T>::relu(x[0]), Pair<T>::relu(x[1]), Pair<T>::relu(x[2]), Pair<T>::relu(x[3])});
+    });
+  }
+
+  /// relu(x) to ((relu(x) + eps) / scale * prescale)^p; returns the sums of its square, before the power and
+  /// after, for the lane's own token over the warp's channels.
+  template <int kPower>
+  __device__ __forceinline__ float2 raise_all(Powers& y, const float (&prescale)[4]) const {
+    float linear[4] = {}, power[4] = {};
+#pragma unroll
+    for (int s = 0; s < kSlices; ++s) {
+      const LaneScale scale(inverse_scale_ + s * kSliceChannels, params_.eps);
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          float& x = y[s][r][i];
+          x = fmaf(x, scale.a[i], scale.b[i]) * prescale[r];
+          linear[r] = i + s ? fmaf(x, x, linear[r]) : x * x;
+          x = raise<kPower>(x, params_.power);
+          power[r] = i + s ? fmaf(x, x, power[r]) : x * x;
+        }
+      }
+    }
+    return {quad_sum(linear, lane_.t), quad_sum(power, lane_.t)};
+  }
+
+  __device__ __forceinline__ float largest_y(const Powers& y) const {
+    float largest[4] = {};
+#pragma unroll
+    for (int s = 0; s < kSlices; ++s) {
+      const LaneScale scale(inverse_scale_ + s * kSliceChannels, params_.eps);
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) largest[r] = fmaxf(largest[r], fmaf(y[s][r][i], scale.a[i], scale.b[i]));
+      }
+    }
+    float own = 0.0f;
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const float row = quad_max(largest[r]);
+      if (lane_.t == r) own = row;
+    }
+    return own;
+  }
+
+  const FocusParams& params_;
+  const float* inverse_scale_;
+  uint32_t tile_;
+  SliceGroup& group_;
+  const Lane& lane_;
+};
+
+}  // namespace flatten::cuda::tensorcore

@@ -1,0 +1,134 @@
+// The depthwise taps as products on tensor cores: 8 x 4 pixels by 8 channels to a warp.
+//
+// An mma m16n8k16 takes two taps: its A fragment is two rows of eight pixels by eight channels, twice, at the
+// shifts of the two taps; its B fragment holds the taps' weights of the eight channels on two 8x8 diagonals.
+// Seven of eight products are with zeros, and it is still several times fewer instructions than an FMA per
+// tap and number. A's 8x8 blocks (eight pixels of an input row, at one shift dx) come by ldmatrix and serve
+// every dy.
+#pragma once
+
+#include "focus.cuh"
+
+namespace flatten::cuda::tensorcore {
+
+/// The table of taps in shared memory: of each channel a word per tap, the weight in the half that the
+/// channel has in a fragment register; an odd number of 16-byte vectors per channel, so that two channels'
+/// vectors lie in different banks. Lanes off the diagonal read the zeros behind the table. Then the bias.
+template <int kTaps>
+struct TapTable {
+  static constexpr int kVectors = (kTaps * kTaps + 3) / 4;
+  static constexpr int kStride = kVectors * 16;
+  static constexpr int kZeros = (8 + kVectors) * 16;
+  static_assert(kTaps == 0 || kVectors % 2 == 1, "an odd stride");
+
+  static constexpr __host__ __device__ int bytes(int channels) {
+    return kTaps ? (channels * (kStride + 4) + kZeros + 127) / 128 * 128 : 0;
+  }
+  static constexpr __host__ __device__ int bias_offset(int channels) { return channels * kStride + kZeros; }
+
+  /// Fills the table of `rows` channels; row c holds the parameters' channel c % period.
+  template <typename T>
+  static __device__ __forceinline__ void load(unsigned char* table, const Floats& weight, const Floats& bias,
+                                              int rows, int period) {
+    uint32_t* words = reinterpret_cast<uint32_t*>(table);
+    const int lane = threadIdx.x % 32;
+    for (int c = threadIdx.x / 32; c < rows; c += blockDim.x / 32) {
+      for (int tap = lane; tap < kVectors * 4; tap += 32) {
+        const float w = tap < kTaps * kTaps ? element<T>(weight, c % period * kTaps * kTaps + tap) : 0.0f;
+        words[c * kVectors * 4 + tap] = c % 2 ? Pair<T>::pack(0.0f, w) : Pair<T>::pack(w, 0.0f);
+      }
+    }
+    for (int i = threadIdx.x; i < kZeros / 4; i += blockDim.x) words[rows * kVectors * 4 + i] = 0;
+    float* biases = reinterpret_cast<float*>(table + bias_offset(rows));
+    for (int c = threadIdx.x; c < rows; c += blockDim.x) {
+      biases[c] = bias.data ? element<T>(bias, c % period) : 0.0f;
+    }
+  }
+};
+
+/// Where a lane finds its row of the table, for an n-block of channels and the next ones.
+template <int kTaps>
+struct LaneTaps {
+  uint32_t address;
+  int step;  // from one n-block to the next
+
+  /// `rows` channels are in the table; the first n-block begins at `channel`.
+  __device__ __forceinline__ LaneTaps(const unsigned char* table, int rows, int channel, const Lane& lane) {
+    using Table = TapTable<kTaps>;
+    const bool diagonal = lane.g / 2 == lane.t;
+    // The zeros of a quarter warp lie in a bank that its two diagonal lanes leave free.
+    const int zeros = rows * Table::kStride + Table::kVectors * (lane.g / 2 * 2 + 2) % 8 * 16;
+    address = shared_address(table) + (diagonal ? (channel + lane.g) * Table::kStride : zeros);
+    step = diagonal ? 8 * Table::kStride : 0;
+    keep(address), keep(step);
+  }
+};
+
+/// Where a lane finds the input rows of 8 x 4 output pixels, for ldmatrix.
+template <int kTaps>
+struct PixelRows {
+  static constexpr int kRows = kTaps + 3;
+  uint32_t row[kRows];  // the lane's 16 bytes of the row, at shift dx = lane / 8
+  uint32_t fifth[2];    // kTaps 5: shift 4 of the input rows lane / 8 and lane / 8 + 4
+  int rest;             // kTaps 7: from shift lane / 8 to shift lane / 8 + 4, or to the last
+
+  __device__ __forceinline__ void advance(int bytes) {
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) row[j] += bytes;
+    fifth[0] += bytes;
+    fifth[1] += bytes;
+  }
+};
+
+/// out += the taps over eight channels of 8 x 4 pixels. Tile i is output rows 2i and 2i + 1; its A fragment
+/// for the taps of row dy and two shifts is the input rows 2i + dy and 2i + dy + 1 at these shifts. taps:
+/// shared address of the lane's row of the table. kOffset: of the channels in a pixel, in bytes.
+template <typename T, int kTaps, int kOffset>
+__device__ __forceinline__ void convolve(float (&out)[2][4], const PixelRows<kTaps>& pixels, uint32_t taps) {
+  constexpr int kRows = kTaps + 3;
+  uint32_t weight[(kTaps * kTaps + 3) / 4 * 4];
+  // Shifts in pairs, and the last one with its neighbour below: kPaired shifts of the rows j - 1 and j.
+  constexpr int kPaired = kTaps - 1;
+  uint32_t block[2][2][4], last[kRows];
+  unrolled<kRows>([&](auto row) {
+    constexpr int j = row;
+    constexpr int kLoaded = (j * kTaps + 3) / 4, kNeeded = ((j + 1) * kTaps + 3) / 4;  // vectors of taps
+    if constexpr (j < kTaps) {
+      unrolled<kNeeded - kLoaded>(
+          [&](auto i) { load_shared<(kLoaded + i) * 16>(weight + (kLoaded + i) * 4, taps); });
+    }
+    load_matrix_x4<kOffset>(block[j % 2][0], pixels.row[j]);
+    if (kTaps == 3) last[j] = block[j % 2][0][2];
+    if (kTaps == 7) {
+      load_matrix_x4<kOffset>(block[j % 2][1], pixels.row[j] + pixels.rest);
+      last[j] = block[j % 2][1][2];
+    }
+    if (kTaps == 5 && j % 4 == 0) {
+      uint32_t four[4];
+      load_matrix_x4<kOffset>(four, pixels.fifth[j / 4]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) last[j + i] = four[i];
+    }
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) {
+      const int dy = j - 1 - 2 * tile;
+      if (j == 0 || dy < 0 || dy >= kTaps) continue;
+      const uint32_t* w = weight + dy * kTaps;
+#pragma unroll
+      for (int dx = 0; dx < kPaired; dx += 2) {
+        const uint32_t (&upper)[4] = block[(j + 1) % 2][dx / 4];
+        const uint32_t (&lower)[4] = block[j % 2][dx / 4];
+        mma<T>(out[tile], upper[dx % 4], lower[dx % 4], upper[dx % 4 + 1], lower[dx % 4 + 1], w[dx],
+               w[dx + 1], out[tile]);
+      }
+      if (dy % 2) {
+        mma<T>(out[tile], last[j - 2], last[j - 1], last[j - 1], last[j], w[kPaired - kTaps], w[kPaired],
+               out[tile]);
+      } else if (dy == kTaps - 1) {
+        mma_k8<T>(out[tile], last[j - 1], last[j], w[kPaired], out[tile]);
+      }
+    }
+  });
+}
+
+}  // namespace flatten::cuda::tensorcore

@@ -1,0 +1,43 @@
+// Where the tokens of a window lie in memory (params.h, Geometry), in 32-bit arithmetic.
+#pragma once
+
+#include "tensorcore_params.h"
+
+namespace flatten::cuda::tensorcore {
+
+/// One window of one image.
+struct Window {
+  int image, y, x;  // y, x: of its first pixel on the rolled map
+
+  __device__ Window(const WindowGrid& grid, int index) {
+    const int per_image = grid.windows_h * grid.windows_w;
+    image = index / per_image;
+    const int inside = index - image * per_image;
+    const int row = inside / grid.windows_w;
+    y = row * grid.window_h + grid.shift_h;
+    x = (inside - row * grid.windows_w) * grid.window_w + grid.shift_w;
+  }
+
+  /// First token of the window's pixel row, and what a column adds to it. Below zero, an unsigned number is
+  /// large: the least of the two is the one on the map.
+  __device__ __forceinline__ int row(const WindowGrid& grid, int i) const {
+    return min(static_cast<unsigned>(y + i), static_cast<unsigned>(y + i - grid.map_h)) * grid.map_w;
+  }
+  __device__ __forceinline__ int column(const WindowGrid& grid, int j) const {
+    return min(static_cast<unsigned>(x + j), static_cast<unsigned>(x + j - grid.map_w));
+  }
+
+  /// Tokens number n, n + 8, n + 16 and n + 24 of the window's raster order; `last` for those beyond it.
+  __device__ __forceinline__ void tokens(int (&token)[4], const WindowGrid& grid, int n, int last) const {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) token[r] = min(n + 8 * r, last);
+    if (grid.raster) return;
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const int i = token[r] / grid.window_w;
+      token[r] = row(grid, i) + column(grid, token[r] - i * grid.window_w);
+    }
+  }
+};
+
+}  // namespace flatten::cuda::tensorcore
