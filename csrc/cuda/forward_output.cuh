@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(max_threads(kHeadDim, kTaps))
   int token_x = window.column(grid, min(x, grid.window_w - 1));
   const char* query = static_cast<const char*>(params.query.data) + window.image * params.query.image +
                       (warp_channel + 8 * lane.t) * 2;
-  keep(token_x), keep(query);
+  keep(query);
   uint32_t own_queries = shared_address(queries) + threadIdx.x / 32 * Traits::kQueryBytes + lane.index * 16;
   keep(own_queries);
   using QueryFocus = Focus<T, Traits::kSlices, kMode>;
@@ -236,7 +236,6 @@ __global__ void __launch_bounds__(max_threads(kHeadDim, kTaps))
   keep(y_stop);
   char* out = static_cast<char*>(const_cast<void*>(params.out.data)) + window.image * params.out.image +
               (warp_channel + lane.t % 2 * 8 + lane.t / 2 * 4) * 2;
-  keep(out);
 
   load_inverse_scale<T>(inverse_scale, params.focus, channels);
   const int tap_rows = Traits::tap_rows(channels, params.per_channel);
