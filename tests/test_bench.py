@@ -229,3 +229,21 @@ def test_quick_bench_writes_json_markdown_and_svg(tmp_path, compare):
     assert (tmp_path / "stages.svg").read_text().startswith("<?xml")
     assert "| geometric mean |" in (tmp_path / "stages.md").read_text()
     assert compare.main([str(tmp_path / "stages.json")] * 2) == 0
+
+
+def test_the_roofline_and_the_models_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "mm_rate", lambda device: 100.0)
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 10.0)
+    for suite in ("roofline", "models"):
+        arguments = ["bench", "--quick", "--suite", suite, "--threads", "1", "--output", str(tmp_path)]
+        result = CliRunner().invoke(build_app(), arguments)
+        assert result.exit_code == 0, result.output
+        assert (tmp_path / f"{suite}.svg").read_text().startswith("<?xml")
+    points = json.loads((tmp_path / "roofline.json").read_text())["roofline"]
+    assert points[0]["intensity"] == pytest.approx(
+        (4 * 32 + 2 * 25) / 16
+    )  # per channel: 4D + 2k^2 over 16 bytes
+    rows = json.loads((tmp_path / "models.json").read_text())["models"]
+    assert [row["model"] for row in rows] == ["flatten_deit_tiny", "deit_tiny_patch16_224"]
+    # 12 blocks exchange N^2 products for N D and the taps; the rest of the two models is the same.
+    assert 1 < rows[0]["flops"] / rows[1]["flops"] < 1.1

@@ -10,7 +10,7 @@ from flatten_ext.bench.results import Results
 from flatten_ext.bench.stages import MODES
 from flatten_ext.bench.style import FAINT, INK, color_of, figure, save
 
-__all__ = ["crossover", "draw_against_tokens", "draw_roofline", "draw_speedups"]
+__all__ = ["crossover", "draw_against_tokens", "draw_models", "draw_roofline", "draw_speedups"]
 
 
 def draw_speedups(results: Results, path: Path, labels: Mapping[str, str]) -> None:
@@ -161,5 +161,24 @@ def draw_roofline(
     axes.set_yscale("log", base=2)
     axes.set_xlabel("flops per byte that must move", color=FAINT)
     axes.set_ylabel("GFLOP/s", color=FAINT)
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK)
+    save(made, path)
+
+
+def draw_models(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Images per second against FLOPs: ours as filled dots, timm's softmax originals as rings."""
+    made, (axes,) = figure(8, 5)
+    for row in rows:
+        x, y = row["flops"] / 1e9, row["images_per_second"]
+        color = color_of("softmax" if row["softmax_original"] else "flatten")
+        axes.plot(
+            x, y, "o", color=color, markersize=9, fillstyle="none" if row["softmax_original"] else "full"
+        )
+        axes.annotate(row["model"], (x, y), (8, 4), textcoords="offset points", fontsize=8.5, color=color)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.margins(x=0.25, y=0.12)
+    axes.set_xlabel("GFLOP per image", color=FAINT)
+    title = "Images per second, end to end (filled: ours, rings: softmax originals of timm)"
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK)
     save(made, path)

@@ -10,7 +10,16 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from flatten_ext.bench import alternatives, charts, quality, quality_report, stages, tables, timing
+from flatten_ext.bench import (
+    alternatives,
+    charts,
+    models,
+    quality,
+    quality_report,
+    stages,
+    tables,
+    timing,
+)
 from flatten_ext.bench.results import Results
 from flatten_ext.bench.shapes import QUICK_STAGES, STAGES, Shape, token_ladder
 from flatten_ext.output import write_json, write_text
@@ -59,6 +68,8 @@ def _collect(
         for batch in batches:
             found += batch
             bar.update(task, advance=1, description=f"{title}: {batch[0].shape}")
+            if not console.is_terminal:  # a log shows no bar
+                console.print(f"{title}: {batch[0].shape} done", highlight=False)
     return found
 
 
@@ -133,6 +144,22 @@ def _run_roofline(options: Options, console: Console) -> None:
     console.print(f"{options.output / 'roofline.svg'}", highlight=False)
 
 
+def _run_models(options: Options, console: Console) -> None:
+    device, count, rows = torch.device(options.device), min(options.thread_counts), []
+    pairs = models.PAIRS[:1] if options.quick else models.PAIRS
+    with timing.threads(count), Progress(console=console, transient=True) as bar:
+        task = bar.add_task("models", total=len(pairs))
+        for found in models.time_models(device, options.pace, pairs=pairs):
+            rows += found
+            bar.update(task, advance=1, description=f"models: {found[0]['model']}")
+    record = stages.record([], {}, device, options.clock) | {"models": rows}
+    write_json(options.output / "models.json", record)
+    table = tables.models_table(Results(record), rows)
+    write_text(options.output / "models.md", table.markdown())
+    charts.draw_models(rows, options.output / "models.svg")
+    console.print(table.rich())
+
+
 def _run_quality(options: Options, console: Console) -> None:
     from flatten_ext.demo.training import Budget
 
@@ -172,6 +199,7 @@ SUITES: dict[str, Callable[[Options, Console], None]] = {
     "alternatives": _run_alternatives,
     "tokens": _run_tokens,
     "roofline": _run_roofline,
+    "models": _run_models,
     "quality": _run_quality,
 }
 

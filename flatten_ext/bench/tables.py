@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from rich.table import Table as RichTable
 
@@ -12,7 +13,7 @@ from flatten_ext.bench.results import Results
 from flatten_ext.bench.shapes import QUICK_STAGES, STAGES
 from flatten_ext.bench.stages import MODES, geometric_mean
 
-__all__ = ["Table", "alternatives_table", "stages_table", "tokens_table"]
+__all__ = ["Table", "alternatives_table", "models_table", "stages_table", "tokens_table"]
 
 FLOPS = {shape.name: shape.flops for shape in (*STAGES, *QUICK_STAGES)}
 NOT_MEASURED = "not measured"
@@ -126,6 +127,25 @@ def tokens_table(results: Results, threads: int, labels: Mapping[str, str]) -> T
             row.append(cell)
         row.append("" if name == "flatten" else _overtakes(results, name, threads))
         table.rows.append(row)
+    return table
+
+
+def models_table(results: Results, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Images per second of the models, end to end."""
+    speeds = {row["model"]: row["images_per_second"] for row in rows}
+    first = rows[0]
+    table = Table(
+        f"Inference at 224 px, float32, batch {first['batch']}, {_threads(results, first['threads'])}",
+        ["model", "parameters, M", "GFLOP", "images/s", "x its softmax original"],
+        note="GFLOP: of one image, a multiplication and an addition counted as two. Random weights.",
+    )
+    for row in rows:
+        other = row["compared_with"]
+        ratio = "" if row["softmax_original"] else "none in timm"
+        if other and not row["softmax_original"]:
+            ratio = f"{row['images_per_second'] / speeds[other]:.2f}"
+        cells = [row["parameters"] / 1e6, row["flops"] / 1e9, row["images_per_second"]]
+        table.rows.append([row["model"], *(f"{cell:.2f}" for cell in cells), ratio])
     return table
 
 

@@ -83,6 +83,8 @@ def register(app: typer.Typer) -> None:
                 bar.update(task, advance=1, description=f"{variant.label}, seed {seed}")
                 if progress.accuracy is not None:
                     bar.update(task, accuracy=f"{100 * progress.accuracy:.1f} %")
+                    if progress.step == progress.steps and not console.is_terminal:  # a log shows no bar
+                        console.print(f"{variant.label}, seed {seed}: {100 * progress.accuracy:.1f} %")
 
             outcomes = run.compare(images, budget, seeds, report)
         record = run.as_record(outcomes, budget)

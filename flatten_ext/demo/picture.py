@@ -44,7 +44,7 @@ def _map_of(model: MicroViT, image: Tensor, query: int) -> Tensor:
 def _draw_curves(axes: Any, outcomes: Sequence[Outcome]) -> None:
     # Labels at the line ends, pushed apart where lines end close together.
     ends = sorted(outcomes, key=lambda outcome: outcome.accuracy)
-    floor, gap = 0.0, 7.5
+    floor, gap = 0.0, 11.0
     for outcome in ends:
         color = COLORS[outcome.variant.name]
         curves = [[100 * accuracy for _, accuracy in run.curve] for run in outcome.runs]
@@ -125,9 +125,9 @@ def draw(outcomes: Sequence[Outcome], images: Images, path: Path) -> None:
     matplotlib = require("matplotlib.figure", "demo", "the picture")
     figure = matplotlib.Figure(figsize=(13, 6.6), facecolor=PAPER)
     columns = len(outcomes) + 1
-    left = figure.add_gridspec(1, 1, left=0.045, right=0.375, top=0.79, bottom=0.15)
+    left = figure.add_gridspec(1, 1, left=0.045, right=0.4, top=0.77, bottom=0.15)
     right = figure.add_gridspec(
-        len(DIGITS), columns, left=0.545, right=0.985, top=0.76, bottom=0.075, wspace=0.06, hspace=0.06
+        len(DIGITS), columns, left=0.6, right=0.985, top=0.77, bottom=0.085, wspace=0.07, hspace=0.07
     )
     axes = figure.add_subplot(left[0, 0], facecolor=PAPER)
     _draw_curves(axes, outcomes)
@@ -144,15 +144,14 @@ def draw(outcomes: Sequence[Outcome], images: Images, path: Path) -> None:
     figure.text(
         0.045,
         0.885,
-        f"5,000 MNIST images, {seeds} seed{'s' if seeds > 1 else ''}"
-        f"{' (mean and range)' if seeds > 1 else ''}, same initial weights, order of images and budget",
+        f"Learning 5,000 MNIST images, {seeds} seed{'s: mean and range' if seeds > 1 else ''}",
         fontsize=10.5,
         color=FAINT,
     )
     figure.text(
-        0.545,
+        0.6,
         0.885,
-        "How strongly each token acts on the output of the framed one (first block)",
+        "How strongly each token acts on the framed one, first block",
         fontsize=10.5,
         color=FAINT,
     )
