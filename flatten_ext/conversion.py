@@ -31,7 +31,7 @@ class Conversion:
 
     kept: tuple[str, ...]  # carried over unchanged
     new: tuple[str, ...]  # freshly initialised: scale, positional_encoding, dwc of each attention
-    dropped: tuple[str, ...]  # without a counterpart: relative position bias tables
+    dropped: tuple[str, ...]  # without a counterpart: relative position bias tables, spatial reduction
 
 
 def convert(
@@ -40,6 +40,7 @@ def convert(
     *,
     img_size: int | tuple[int, int] = 224,
     window_size: int | tuple[int, int] | None = None,
+    keep_reduction: bool = False,
     focusing_factor: float = 3.0,
     kernel_size: int = 5,
 ) -> nn.Module:
@@ -57,6 +58,8 @@ def convert(
             converts all.
         img_size: PVTv2 only, which does not know its input size: where positional encodings are learned.
         window_size: Swin only: window of the converted stages; None is the whole map, as published.
+        keep_reduction: PVTv2 only: keep the spatial reduction of keys and values (`sr`, `norm`), which the
+            published models drop, since linear attention affords all keys.
         focusing_factor: p of phi_p.
         kernel_size: odd size of the depthwise kernel.
 
@@ -75,9 +78,7 @@ def convert(
     elif type(model) is SwinTransformer:
         _convert_swin(model, stages or "LLSS", window_size, focus)
     elif type(model) is PyramidVisionTransformerV2:
-        types = attention_types(stages or "LLLL", len(model.stages))
-        model.__class__ = FlattenPyramidTransformerV2
-        model.focus(types, img_size, **focus)
+        _convert_pyramid(model, stages or "LLLL", img_size, keep_reduction, focus)
     else:
         raise TypeError(
             f"convert takes timm's VisionTransformer, VisionTransformerDistilled, SwinTransformer or "
@@ -121,6 +122,18 @@ def _convert_swin(model: Any, stages: str, window_size: Any, focus: dict[str, An
     ]
     model.__class__ = FlattenSwinTransformer
     model.focus(types, windows, **focus)
+
+
+def _convert_pyramid(
+    model: Any, stages: str, img_size: Any, keep_reduction: bool, focus: dict[str, Any]
+) -> None:
+    types = attention_types(stages, len(model.stages))
+    for stage, kind in zip(model.stages, types, strict=True):
+        for block in stage.blocks:
+            if kind == "L" and not keep_reduction and block.attn.pool is None:
+                block.attn.sr = block.attn.norm = None
+    model.__class__ = FlattenPyramidTransformerV2
+    model.focus(types, img_size, **focus)
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -62,6 +62,7 @@ class TrainConfig:
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
     reprob: float = 0.25
     hflip: float = 0.5
+    crop_scale: float = 0.08  # smallest share of the picture that a random crop shows
     ema_decay: float | None = 0.9999
     amp: str | None = None  # "bfloat16" or "float16"
     workers: int = 4
@@ -118,6 +119,7 @@ class Trainer:
             auto_augment=config.auto_augment,
             re_prob=config.reprob,
             hflip=config.hflip,
+            scale=(config.crop_scale, 1.0),
             **shared,
         )
         self.val_set.transform = create_transform(
@@ -230,7 +232,7 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.model, step=updates)
         self.scheduler.step_update(updates)
-        value = float(loss)
+        value = float(loss.detach())
         if value != value:
             raise FloatingPointError(f"the loss is NaN at epoch {self.epoch}, step {self.step}")
         return value

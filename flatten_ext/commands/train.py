@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from flatten_ext.extras import require
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from flatten_ext.extras import require
 
 
 def register(app: typer.Typer) -> None:
@@ -46,6 +47,9 @@ def register(app: typer.Typer) -> None:
         ] = "rand-m9-mstd0.5-inc1",
         reprob: Annotated[float, typer.Option(help="Probability of random erasing.")] = 0.25,
         hflip: Annotated[float, typer.Option(help="Probability of a horizontal flip.")] = 0.5,
+        crop_scale: Annotated[
+            float, typer.Option(help="Smallest share of the picture that a random crop shows.")
+        ] = 0.08,
         ema_decay: Annotated[float, typer.Option(help="Decay of the averaged weights; 0 for none.")] = 0.9999,
         amp: Annotated[str, typer.Option(help="bfloat16, float16 or none.")] = "none",
         workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 4,
@@ -83,6 +87,7 @@ def register(app: typer.Typer) -> None:
             auto_augment=None if auto_augment == "none" else auto_augment,
             reprob=reprob,
             hflip=hflip,
+            crop_scale=crop_scale,
             ema_decay=ema_decay or None,
             amp=None if amp == "none" else amp,
             workers=workers,

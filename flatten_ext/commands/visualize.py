@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from flatten_ext.extras import require
 from rich.console import Console
 from rich.table import Table
+
+from flatten_ext.extras import require
 
 
 def register(app: typer.Typer) -> None:

@@ -31,25 +31,27 @@ def config(output: Path, **changes: object) -> TrainConfig:
         model_args=SMALL,
         img_size=32,
         epochs=2,
-        batch_size=128,
+        batch_size=64,
         warmup_epochs=0,
-        lr=2e-3,
+        lr=5e-3,
         mixup=0.0,
         cutmix=0.0,
         auto_augment=None,
         reprob=0.0,
         hflip=0.0,
+        crop_scale=0.7,
         ema_decay=None,
         workers=0,
-        save_every=2,
+        save_every=5,
     )
     return replace(base, **changes)
 
 
 def test_it_learns(tmp_path: Path) -> None:
-    history = Trainer(config(tmp_path, epochs=4)).fit()
-    assert [entry["epoch"] for entry in history] == [0, 1, 2, 3]
-    assert history[-1]["top1"] > 40  # ten classes
+    pyramid = {"embed_dims": (16, 32, 40, 64), "depths": (1, 1, 1, 1), "img_size": 32}
+    history = Trainer(config(tmp_path, model="flatten_pvt_v2_b0", model_args=pyramid)).fit()
+    assert [entry["epoch"] for entry in history] == [0, 1]
+    assert history[-1]["top1"] > 70  # of ten classes
     assert json.loads((tmp_path / "history.json").read_text()) == history
     best = torch.load(tmp_path / "best.pt", weights_only=True)
     assert best["classes"] == [str(i) for i in range(10)]
@@ -108,7 +110,7 @@ def test_a_killed_run_ends_in_the_same_weights(tmp_path: Path) -> None:
 
 def test_another_configuration_is_refused(tmp_path: Path) -> None:
     Trainer(config(tmp_path, epochs=1)).fit()
-    with pytest.raises(ValueError, match=r"lr: 0\.002 there, 0\.5 here"):
+    with pytest.raises(ValueError, match=r"lr: 0\.005 there, 0\.5 here"):
         Trainer(config(tmp_path, epochs=1, lr=0.5))
 
 
