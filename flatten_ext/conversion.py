@@ -35,7 +35,7 @@ class Conversion:
 
 
 def convert(
-    model: nn.Module,
+    model: Any,
     stages: str | None = None,
     *,
     img_size: int | tuple[int, int] = 224,

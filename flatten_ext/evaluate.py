@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,12 @@ def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
         path: the file.
         write: is given the binary file to write to.
     """
-    partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "wb") as file:
+    unfinished = path.with_name(f"{path.name}.partial")
+    with open(unfinished, "wb") as file:
         write(file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
+    os.replace(unfinished, path)
     folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must survive a power cut too
     try:
         os.fsync(folder)
@@ -42,6 +43,10 @@ def autocast(device: torch.device, amp: str | None) -> Any:
     if amp is None:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=getattr(torch, amp))
+
+
+def _write(content: bytes, file: Any) -> None:
+    file.write(content)
 
 
 @torch.inference_mode()
@@ -75,7 +80,7 @@ def evaluate(
     device = torch.device(device)
     model = model.to(device).eval()
     total = len(dataset)  # type: ignore[arg-type]
-    counts = {"seen": 0, "top1": 0, "top5": 0, "loss": 0.0}
+    counts: dict[str, Any] = {"seen": 0, "top1": 0, "top5": 0, "loss": 0.0}
     identity = json.loads(json.dumps([identity, total]))
     if state is not None and state.exists():
         saved = json.loads(state.read_text())
@@ -97,7 +102,7 @@ def evaluate(
         counts["loss"] += float(F.cross_entropy(logits, labels, reduction="sum"))
         if state is not None and batch % save_every == 0:
             content = json.dumps({"identity": identity, "counts": counts}).encode()
-            write_atomically(state, lambda file, content=content: file.write(content))
+            write_atomically(state, partial(_write, content))
         if progress is not None:
             progress(counts["seen"], total)
     if state is not None:

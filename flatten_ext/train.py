@@ -59,7 +59,8 @@ class TrainConfig:
     smoothing: float = 0.1
     mixup: float = 0.8
     cutmix: float = 1.0
-    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    # mmax9: at magnitude 10 timm posterises to 0 bits, which Pillow refuses.
+    auto_augment: str | None = "rand-m9-mstd0.5-mmax9-inc1"
     reprob: float = 0.25
     hflip: float = 0.5
     crop_scale: float = 0.08  # smallest share of the picture that a random crop shows

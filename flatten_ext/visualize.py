@@ -125,7 +125,9 @@ def record_attention(model: nn.Module) -> Any:
     from .models import FocusedAttention
 
     recorded: dict[str, dict[str, Any]] = {}
-    attentions = [(name, m) for name, m in model.named_modules() if isinstance(m, FocusedAttention)]
+    attentions: list[tuple[str, Any]] = [
+        (name, m) for name, m in model.named_modules() if isinstance(m, FocusedAttention)
+    ]
 
     def recorder(name: str, module: FocusedAttention) -> Any:
         def attend(q: Tensor, k: Tensor, v: Tensor, size: Any, window: Any = None, *args: Any, **kwargs: Any):

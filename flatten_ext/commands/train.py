@@ -44,7 +44,7 @@ def register(app: typer.Typer) -> None:
         cutmix: Annotated[float, typer.Option(help="CutMix's alpha; 0 for none.")] = 1.0,
         auto_augment: Annotated[
             str, typer.Option(help='timm\'s policy; "none" for none.')
-        ] = "rand-m9-mstd0.5-inc1",
+        ] = "rand-m9-mstd0.5-mmax9-inc1",
         reprob: Annotated[float, typer.Option(help="Probability of random erasing.")] = 0.25,
         hflip: Annotated[float, typer.Option(help="Probability of a horizontal flip.")] = 0.5,
         crop_scale: Annotated[

@@ -75,7 +75,7 @@ def test_a_killed_run_ends_in_the_same_weights(tmp_path: Path) -> None:
     everything = {
         "mixup": 0.8,
         "cutmix": 1.0,
-        "auto_augment": "rand-m9-mstd0.5-inc1",
+        "auto_augment": "rand-m9-mstd0.5-mmax9-inc1",
         "reprob": 0.25,
         "hflip": 0.5,
         "ema_decay": 0.9,
