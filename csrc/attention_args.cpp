@@ -240,8 +240,7 @@ void check(ConvArgs& args, ConvInputs& in) {
   const std::int64_t channels = args.x.size(2);
   check.expect(channels >= 1 && g.keys >= 1, "x has shape ", show(args.x.sizes()),
                ", expected at least one token and one channel");
-  check.expect(args.weight->dim() == 4 && args.weight->size(0) >= 1 &&
-                   channels % args.weight->size(0) == 0,
+  check.expect(args.weight->dim() == 4 && args.weight->size(0) >= 1 && channels % args.weight->size(0) == 0,
                "weight has shape ", show(args.weight->sizes()),
                ", expected (D, 1, kh, kw) with D dividing the ", channels, " channels of x");
   // A kernel of D < C filters is shared by C / D heads.

@@ -147,7 +147,7 @@ def record_attention(model: nn.Module) -> Any:
         return attend
 
     for name, module in attentions:
-        module.attend = recorder(name, module)
+        setattr(module, "attend", recorder(name, module))  # noqa: B010 - it shadows the method
     try:
         yield recorded
     finally:
