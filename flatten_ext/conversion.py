@@ -92,7 +92,7 @@ def convert(
         dropped=tuple(name for name in before if name not in after),
     )
     _logger.info("new parameters, to be fine-tuned: %s", ", ".join(conversion.new))
-    model.conversion = conversion
+    setattr(model, "conversion", conversion)  # noqa: B010 - nn.Module declares no such attribute
     return model
 
 

@@ -29,6 +29,9 @@ step "CPU tests"
 step "packaging tests"
 "$venv/bin/python" -m pytest -q -m packaging
 
+step "bad arguments under AddressSanitizer"
+PYTHON="$venv/bin/python" bash tests/sanitizer.sh
+
 if "$venv/bin/python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
   step "GPU tests"
   "$venv/bin/python" -m pytest -q -m gpu
