@@ -167,6 +167,8 @@ __device__ __forceinline__ void finish_rows(const Focus<T>& focus, const Reader<
                                             Acc<T> (&scale_sums)[4]) {
   using A = Acc<T>;
   const int column = RowProduct<A>::column();
+  A inverse[4];
+  focus.load_scale(columns.first + column, inverse);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int slot = RowProduct<A>::slot(i), token = r.token[slot];
@@ -178,8 +180,7 @@ __device__ __forceinline__ void finish_rows(const Focus<T>& focus, const Reader<
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       if (column + c < columns.width) {
-        x[c] = focus.gradient(x[c], columns.first + column + c, e[i][c], dots[slot], factor, r, slot,
-                              scale_sums[c]);
+        x[c] = focus.gradient(x[c], inverse[c], e[i][c], dots[slot], factor, r, slot, scale_sums[c]);
       }
     }
     if (out.data) store_four(out, token, columns, column, x);
@@ -195,7 +196,9 @@ __device__ void store_scale_sums(const BackwardCall& call, const Focus<T>& focus
   const A total = column_sums(sums, scratch);
   if (threadIdx.x < columns.width) {
     const int c = columns.first + threadIdx.x;
-    static_cast<A*>(call.scale_partials)[row * call.plan.channels + c] = -total * focus.scale_at(c);
+    A inverse[1];
+    focus.load_scale(c, inverse);
+    static_cast<A*>(call.scale_partials)[row * call.plan.channels + c] = -total * inverse[0];
   }
 }
 
@@ -328,6 +331,8 @@ __global__ void __launch_bounds__(kThreads) gradient_of_key(const __grid_constan
           const Rows<A> r = rows.tile(tile);
           const RowProduct<A> e = gradient_of_phi(state, r, head, i);
           const int column = RowProduct<A>::column();
+          A inverse[4];
+          focus.load_scale(columns.first + column, inverse);
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
             const int slot = RowProduct<A>::slot(k), token = r.token[slot];
@@ -339,8 +344,7 @@ __global__ void __launch_bounds__(kThreads) gradient_of_key(const __grid_constan
 #pragma unroll
               for (int c = 0; c < 4; ++c) {
                 if (column + c >= columns.width) continue;
-                dot += e.sum[k][c] *
-                       focus.power(focus.positive(x[c], columns.first + column + c) * r.inverse[slot]);
+                dot += e.sum[k][c] * focus.power(focus.positive(x[c], inverse[c]) * r.inverse[slot]);
               }
             }
             dot = sum_of_row(dot);

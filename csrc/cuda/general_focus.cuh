@@ -41,6 +41,9 @@ struct Power {
 /// Channels of `scale` whose inverse a block keeps in shared memory; further ones are divided by in place.
 inline constexpr int kStagedScale = 1024;
 
+/// Lanes that measure a row together.
+inline constexpr int kRowLanes = 8;
+
 __host__ __device__ constexpr int staged_scale(int channels) {
   return channels < kStagedScale ? (channels + 3) / 4 * 4 : kStagedScale;
 }
@@ -71,9 +74,17 @@ struct Focus {
     __syncthreads();
   }
 
-  __device__ __forceinline__ A scale_at(int c) const {
-    if (c < kStagedScale) return inverse_scale[c];
-    return mapping.scale.data ? 1 / load_parameter<T>(mapping.scale, c) : A(1);
+  /// 1 / scale of N adjacent channels.
+  template <int N>
+  __device__ __forceinline__ void load_scale(int c, A (&to)[N]) const {
+    if (c % N == 0 && c + N <= staged_scale(channels)) {
+      load_pack<N>(inverse_scale + c, to);
+    } else {
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        to[j] = mapping.scale.data && c + j < channels ? 1 / load_parameter<T>(mapping.scale, c + j) : A(1);
+      }
+    }
   }
 
   /// x + key_bias for N adjacent channels, if the rows are keys.
@@ -95,63 +106,63 @@ struct Focus {
   }
 
   /// y of one biased entry. NaN stays NaN.
-  __device__ __forceinline__ A positive(A x, int c) const { return ((x < 0 ? A(0) : x) + eps) * scale_at(c); }
+  __device__ __forceinline__ A positive(A x, A inverse) const { return ((x < 0 ? A(0) : x) + eps) * inverse; }
 
-  template <int N>
-  __device__ void row_pass(const Reader<T>& in, bool keys, int token, int local, A& largest, A inverse,
-                           A& sum_y, A& sum_p, bool second) const {
-    for (int c = threadIdx.x % 32 * N; c < channels; c += 32 * N) {
-      A x[N];
+  /// use(y) for a lane's share of the row's entries; eight lanes share a row.
+  template <int N, class F>
+  __device__ __forceinline__ void for_entries(const Reader<T>& in, bool keys, int token, int local,
+                                              F&& use) const {
+    const int end = token < 0 ? 0 : channels;
+    for (int c = threadIdx.x % kRowLanes * N; c < end; c += kRowLanes * N) {
+      A x[N], inverse[N];
       load_pack<N>(in.row(token) + c, x);
+      load_scale(c, inverse);
       add_bias(keys, local, c, x);
 #pragma unroll
-      for (int j = 0; j < N; ++j) {
-        const A y = positive(x[j], c + j);
-        if (second) {
-          const A z = y * inverse, zp = power(z);
-          sum_y += z * z;
-          sum_p += zp * zp;
-        } else {
-          largest = max(largest, y);
-        }
+      for (int j = 0; j < N; ++j) use(positive(x[j], inverse[j]));
+    }
+  }
+
+  template <int N>
+  __device__ void measure_by(const Reader<T>& in, bool keys, const Rows<A>& rows, int slots) const {
+    constexpr A smallest = std::is_same_v<A, double> ? A(DBL_MIN) : A(FLT_MIN);
+    for (int slot = threadIdx.x / kRowLanes; slot < slots; slot += kThreads / kRowLanes) {
+      const int token = rows.token[slot], local = rows.local[slot];
+      A largest = 0, sum_y = 0, sum_p = 0;
+      for_entries<N>(in, keys, token, local, [&](A y) { largest = max(largest, y); });
+      for (int lanes = kRowLanes / 2; lanes > 0; lanes /= 2) {
+        largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
+      }
+      // A row of zeros (eps = 0) has no direction: it maps to zeros.
+      const A inverse = largest >= smallest ? 1 / largest : A(0);
+      for_entries<N>(in, keys, token, local, [&](A y) {
+        const A z = y * inverse, zp = power(z);
+        sum_y += z * z;
+        sum_p += zp * zp;
+      });
+      for (int lanes = kRowLanes / 2; lanes > 0; lanes /= 2) {
+        sum_y += __shfl_xor_sync(0xffffffffu, sum_y, lanes);
+        sum_p += __shfl_xor_sync(0xffffffffu, sum_p, lanes);
+      }
+      if (threadIdx.x % kRowLanes == 0) {
+        const bool alive = inverse > 0;
+        rows.inverse[slot] = inverse;
+        rows.gain[slot] = alive ? largest * sqrt(sum_y / sum_p) : A(token < 0);
+        rows.inverse_y[slot] = alive ? 1 / sum_y : A(0);
+        rows.inverse_p[slot] = alive ? 1 / sum_p : A(0);
       }
     }
   }
 
-  /// Fills in the norms of the first `slots` rows, a warp to a row. Synchronises before and after.
+  /// Fills in the norms of the first `slots` rows, a multiple of kSlots. Synchronises before and after.
   __device__ void measure(const Reader<T>& in, bool keys, const Rows<A>& rows, int slots) const {
-    constexpr A smallest = std::is_same_v<A, double> ? A(DBL_MIN) : A(FLT_MIN);
     __syncthreads();
-    for (int slot = threadIdx.x / 32; slot < slots; slot += kWarps) {
-      const int token = rows.token[slot], local = rows.local[slot];
-      A largest = 0, inverse = 1, sum_y = 0, sum_p = 0, gain = 1;
-      if (mapping.focused && token >= 0) {
-        for (int pass = 0; pass < 2; ++pass) {
-          if (in.vector) {
-            row_pass<kVector<T>>(in, keys, token, local, largest, inverse, sum_y, sum_p, pass == 1);
-          } else {
-            row_pass<1>(in, keys, token, local, largest, inverse, sum_y, sum_p, pass == 1);
-          }
-          if (pass == 0) {
-            for (int lanes = 16; lanes > 0; lanes /= 2) {
-              largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
-            }
-            // A row of zeros (eps = 0) has no direction: it maps to zeros.
-            inverse = largest >= smallest ? 1 / largest : A(0);
-          }
-        }
-        for (int lanes = 16; lanes > 0; lanes /= 2) {
-          sum_y += __shfl_xor_sync(0xffffffffu, sum_y, lanes);
-          sum_p += __shfl_xor_sync(0xffffffffu, sum_p, lanes);
-        }
-        gain = inverse > 0 ? largest * sqrt(sum_y / sum_p) : A(0);
-      }
-      if (threadIdx.x % 32 == 0) {
-        rows.inverse[slot] = inverse;
-        rows.gain[slot] = gain;
-        rows.inverse_y[slot] = sum_y > 0 ? 1 / sum_y : A(0);
-        rows.inverse_p[slot] = sum_p > 0 ? 1 / sum_p : A(0);
-      }
+    if (!mapping.focused) {
+      for (int slot = threadIdx.x; slot < slots; slot += kThreads) rows.inverse[slot] = rows.gain[slot] = 1;
+    } else if (in.vector) {
+      measure_by<kVector<T>>(in, keys, rows, slots);
+    } else {
+      measure_by<1>(in, keys, rows, slots);
     }
     __syncthreads();
   }
@@ -160,25 +171,27 @@ struct Focus {
   template <int N>
   __device__ __forceinline__ void map(bool keys, const Rows<A>& rows, int slot, int c, A (&x)[N]) const {
     if (!mapping.focused) return;
+    A inverse[N];
+    load_scale(c, inverse);
     add_bias(keys, rows.local[slot], c, x);
-    const A inverse = rows.inverse[slot];
+    const A of_row = rows.inverse[slot];
 #pragma unroll
-    for (int j = 0; j < N; ++j) x[j] = power(positive(x[j], c + j) * inverse);
+    for (int j = 0; j < N; ++j) x[j] = power(positive(x[j], inverse[j]) * of_row);
   }
 
   /// The gradient of x at one entry. With dot = e . z^p over the row,
   ///   d loss / d y = factor * (p z^(p-1) (e - z^p dot / |z^p|^2) + z dot / |z|^2),
   /// where e = d loss / d phi goes with factor = gain / max(y), and e = gain * d loss / d phi with 1 /
   /// max(y). Adds d loss / d y * y, the share of scale's gradient, to `scale_sum`.
-  __device__ __forceinline__ A gradient(A x, int c, A e, A dot, A factor, const Rows<A>& rows, int slot,
+  __device__ __forceinline__ A gradient(A x, A inverse, A e, A dot, A factor, const Rows<A>& rows, int slot,
                                         A& scale_sum) const {
     if (!mapping.focused) return e;
-    const A y = positive(x, c), z = y * rows.inverse[slot];
+    const A y = positive(x, inverse), z = y * rows.inverse[slot];
     const A zp = power(z);
     const A dy =
         factor * (power.slope(z) * (e - zp * dot * rows.inverse_p[slot]) + z * dot * rows.inverse_y[slot]);
     scale_sum += dy * y;
-    return x > 0 ? dy * scale_at(c) : A(0);
+    return x > 0 ? dy * inverse : A(0);
   }
 };
 
