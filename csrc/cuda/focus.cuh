@@ -52,10 +52,11 @@ __device__ __forceinline__ void unpack8(float (&y)[8], const uint4& raw) {
 struct LaneBias {
   Floats bias;            // rows aligned to 16 bytes, or null
   int channels, channel;  // of a row; the lane's first
-  int token, last;        // the lane's first token of the window, and where tokens stop
+  int token, last;        // the lane's first token of the window, and the last there is
+  int step = 8;           // from one of the lane's tokens to the next
   template <typename T>
-  __device__ __forceinline__ void add_and_rectify(float (&x)[8], int slice, int r) const {
-    const int64_t row = min(token + 8 * r, last);
+  __device__ __forceinline__ void add(float (&x)[8], int slice, int r) const {
+    const int64_t row = min(token + step * r, last);
     const int64_t at = row * channels + channel + slice * kSliceChannels;
     float addend[8];
     if (bias.half) {
@@ -64,10 +65,23 @@ struct LaneBias {
       load8(addend, static_cast<const float*>(bias.data) + at);
     }
 #pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = fmaxf(x[i] + addend[i], 0.0f);
+    for (int i = 0; i < 8; ++i) x[i] += addend[i];
   }
 };
 struct NoBias {};
+
+/// The same for two channels 8t + i and 8t + i + 1 of token r.
+template <typename T>
+__device__ __forceinline__ float2 add_bias(float2 x, const LaneBias& bias, int slice, int r, int i) {
+  if (!bias.bias.data) return x;
+  const int64_t row = min(bias.token + bias.step * r, bias.last);
+  const int64_t at = row * bias.channels + bias.channel + slice * kSliceChannels + i;
+  return {x.x + element<T>(bias.bias, at), x.y + element<T>(bias.bias, at + 1)};
+}
+template <typename T>
+__device__ __forceinline__ float2 add_bias(float2 x, const NoBias&, int, int, int) {
+  return x;
+}
 
 /// What a lane needs of `scale` for its eight channels: y = (relu(x) + eps) / scale = a relu(x) + b.
 struct LaneScale {
@@ -87,10 +101,21 @@ __device__ __forceinline__ void load_inverse_scale(float* inverse, const FocusPa
   }
 }
 
+/// Of one token: |y|^2 and |y^p|^2, of a y that was multiplied by `prescale` before it was raised.
+struct Norms {
+  float linear, power, prescale = 1.0f;
+};
+
 __device__ __forceinline__ float square_root(float x) {
   float y;
   asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+/// What makes y^p phi(y): |y| / |y^p|.
+__device__ __forceinline__ float phi_factor(const Norms& n) {
+  const float ratio = n.power > 0.0f ? square_root(__fdividef(n.linear, n.power)) : 0.0f;
+  return n.prescale == 1.0f ? ratio : __fdividef(ratio, n.prescale);
 }
 
 template <int kPower>
@@ -165,7 +190,7 @@ class SliceGroup {
 };
 
 /// phi of a tile, as one warp sees it: powers y^p of its channels and, for the lane's own token g + 8t, the
-/// factor |y| / |y^p| that makes them phi. kMode is a power or kRuntimeMode (FocusParams::mode); kSlices
+/// norms that make them phi. kMode is a power or kRuntimeMode (FocusParams::mode); kSlices
 /// slices of 32 channels to a warp.
 template <typename T, int kSlices, int kMode>
 class Focus {
@@ -178,37 +203,36 @@ class Focus {
   static constexpr int kTileBytes = kSlices * 4 * 512;
   static constexpr __host__ __device__ int offset(int s, int r) { return (s * 4 + r) * 512; }
 
-  /// inverse_scale: of the lane's first channel. tile: shared address of the lane's first vector.
-  __device__ Focus(const FocusParams& params, const float* inverse_scale, uint32_t tile, SliceGroup& group,
-                   const Lane& lane)
-      : params_(params), inverse_scale_(inverse_scale), tile_(tile), group_(group), lane_(lane) {}
+  /// inverse_scale: of the lane's first channel.
+  __device__ Focus(const FocusParams& params, const float* inverse_scale, SliceGroup& group, const Lane& lane)
+      : params_(params), inverse_scale_(inverse_scale), group_(group), lane_(lane) {}
 
-  /// use(powers, factor) runs once: in one of several places, so that what it makes of the powers, and not
-  /// the powers, has to meet again in the same registers.
+  /// tile: shared address of the lane's first vector. use(powers, norms) runs once: in one of several places,
+  /// so that what it makes of the powers, and not the powers, has to meet again in the same registers.
   template <typename Use>
-  __device__ __forceinline__ void operator()(const LaneBias& bias, Use use) const {
-    if (bias.bias.data) return run(bias, use);
-    run(NoBias{}, use);
+  __device__ __forceinline__ void operator()(uint32_t tile, const LaneBias& bias, Use use) const {
+    if (bias.bias.data) return run(tile, bias, use);
+    run(tile, NoBias{}, use);
   }
   template <typename Use>
-  __device__ __forceinline__ void operator()(Use use) const {
-    run(NoBias{}, use);
+  __device__ __forceinline__ void operator()(uint32_t tile, Use use) const {
+    run(tile, NoBias{}, use);
   }
 
  private:
   template <typename Bias, typename Use>
-  __device__ __forceinline__ void run(const Bias& bias, Use use) const {
+  __device__ __forceinline__ void run(uint32_t tile, const Bias& bias, Use use) const {
     const auto plus = [](float2 a, float2 b) { return float2{a.x + b.x, a.y + b.y}; };
     const float ones[4] = {1.0f, 1.0f, 1.0f, 1.0f};
     Powers y;
     float2 norms;
     if constexpr (kMode == kRuntimeMode) {
       if (params_.mode == kNoMapping) {
-        load(y);
+        load(y, tile);
         group_.barrier();
-        return use(y, 1.0f);
+        return use(y, Norms{1.0f, 1.0f});
       }
-      load(y, bias);
+      load(y, tile, bias);
       switch (params_.mode) {
         case 1:
           norms = raise_all<1>(y, ones);
@@ -226,52 +250,57 @@ class Focus {
           norms = raise_all<kAnyPower>(y, ones);
       }
     } else {
-      load(y, bias);
+      load(y, tile, bias);
       norms = raise_all<kMode>(y, ones);
     }
     norms = group_.exchange(norms, lane_.index, plus);
     constexpr float kTiny = 1e-36f, kHuge = 1e37f;
     const bool safe = fminf(norms.x, norms.y) > kTiny && fmaxf(norms.x, norms.y) < kHuge;
-    if (__all_sync(kAllLanes, safe)) return use(y, square_root(__fdividef(norms.x, norms.y)));
+    if (__all_sync(kAllLanes, safe)) return use(y, Norms{norms.x, norms.y});
 
     // Some token's sum of y^2p left fp32's range, as all warps of the group see: divide the rows by their
     // largest y first.
     const auto larger = [](float2 a, float2 b) { return float2{fmaxf(a.x, b.x), 0.0f}; };
-    load(y, bias);
+    load(y, tile, bias);
     const float largest = group_.exchange({largest_y(y), 0.0f}, lane_.index, larger).x;
+    const float own = largest > 0.0f ? 1.0f / largest : 1.0f;
     float prescale[4];
-    quad_gather(prescale, largest > 0.0f ? 1.0f / largest : 0.0f);
+    quad_gather(prescale, own);
     norms = group_.exchange(raise_all<kAnyPower>(y, prescale), lane_.index, plus);
-    use(y, norms.y > 0.0f ? square_root(__fdividef(norms.x, norms.y)) * largest : 0.0f);
+    use(y, Norms{norms.x, norms.y, own});
   }
 
   /// unpack(y[s][r], vector) for all of the tile's vectors.
   template <typename Unpack>
-  __device__ __forceinline__ void for_each_vector(Powers& y, Unpack unpack) const {
+  static __device__ __forceinline__ void for_each_vector(Powers& y, uint32_t tile, Unpack unpack) {
     unrolled<kSlices>([&](auto s) {
       unrolled<4>([&](auto r) {
         uint32_t x[4];
-        load_shared<offset(s, r)>(x, tile_);
+        load_shared<offset(s, r)>(x, tile);
         unpack(y[s][r], x);
       });
     });
   }
 
-  __device__ __forceinline__ void load(Powers& y) const {
+  static __device__ __forceinline__ void load(Powers& y, uint32_t tile) {
     for_each_vector(
-        y, [](float (&row)[8], const uint32_t (&x)[4]) { unpack8<T>(row, {x[0], x[1], x[2], x[3]}); });
+        y, tile, [](float (&row)[8], const uint32_t (&x)[4]) { unpack8<T>(row, {x[0], x[1], x[2], x[3]}); });
   }
   /// y = relu(input + its positional encoding).
-  __device__ __forceinline__ void load(Powers& y, const LaneBias& bias) const {
-    load(y);
+  static __device__ __forceinline__ void load(Powers& y, uint32_t tile, const LaneBias& bias) {
+    load(y, tile);
 #pragma unroll
     for (int s = 0; s < kSlices; ++s) {
 #pragma unroll
-      for (int r = 0; r < 4; ++r) bias.template add_and_rectify<T>(y[s][r], s, r);
+      for (int r = 0; r < 4; ++r) {
+        bias.template add<T>(y[s][r], s, r);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) y[s][r][i] = fmaxf(y[s][r][i], 0.0f);
+      }
     }
   }
-  __device__ __forceinline__ void load(Powers& y, const NoBias&) const {
-    for_each_vector(y, [](float (&row)[8], const uint32_t (&x)[4]) {
+  static __device__ __forceinline__ void load(Powers& y, uint32_t tile, const NoBias&) {
+    for_each_vector(y, tile, [](float (&row)[8], const uint32_t (&x)[4]) {
       unpack8<T>(row, {Pair<T>::relu(x[0]), Pair<T>::relu(x[1]), Pair<T>::relu(x[2]), Pair<T>::relu(x[3])});
     });
   }
@@ -321,7 +350,6 @@ class Focus {
 
   const FocusParams& params_;
   const float* inverse_scale_;
-  uint32_t tile_;
   SliceGroup& group_;
   const Lane& lane_;
 };

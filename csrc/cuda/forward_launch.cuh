@@ -4,17 +4,9 @@
 
 #include "forward_output.cuh"
 #include "forward_state.cuh"
+#include "tensorcore_launch.cuh"
 
 namespace flatten::cuda::tensorcore {
-
-template <typename Params>
-cudaError_t launch_kernel(void (*kernel)(Params), dim3 grid, int threads, int shared, const Params& params,
-                          cudaStream_t stream) {
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error != cudaSuccess) return error;
-  kernel<<<grid, threads, shared, stream>>>(params);
-  return cudaGetLastError();
-}
 
 template <typename T, int kHeadDim, int kMode>
 struct Forward {
@@ -24,8 +16,8 @@ struct Forward {
 
   static cudaError_t state(const StateParams& params, int chunks, int windows, cudaStream_t stream) {
     const int threads = params.groups * params.channels / kSliceChannels * 32;
-    return launch_kernel(forward_state<T, kHeadDim, kMode>, dim3(chunks, windows), threads,
-                         state_shared(params.channels, params.groups), params, stream);
+    return launch_tensorcore(forward_state<T, kHeadDim, kMode>, dim3(chunks, windows), threads,
+                             state_shared(params.channels, params.groups), params, stream);
   }
 
   static int output_shared(int taps, int channels, int patches, bool per_channel) {
@@ -46,13 +38,17 @@ struct Forward {
     const int shared = output_shared(taps, params.channels, params.patches, params.per_channel);
     switch (taps) {
       case 3:
-        return launch_kernel(forward_output<T, kHeadDim, 3, kMode>, grid, threads, shared, params, stream);
+        return launch_tensorcore(forward_output<T, kHeadDim, 3, kMode>, grid, threads, shared, params,
+                                 stream);
       case 5:
-        return launch_kernel(forward_output<T, kHeadDim, 5, kMode>, grid, threads, shared, params, stream);
+        return launch_tensorcore(forward_output<T, kHeadDim, 5, kMode>, grid, threads, shared, params,
+                                 stream);
       case 7:
-        return launch_kernel(forward_output<T, kHeadDim, 7, kMode>, grid, threads, shared, params, stream);
+        return launch_tensorcore(forward_output<T, kHeadDim, 7, kMode>, grid, threads, shared, params,
+                                 stream);
       default:
-        return launch_kernel(forward_output<T, kHeadDim, 0, kMode>, grid, threads, shared, params, stream);
+        return launch_tensorcore(forward_output<T, kHeadDim, 0, kMode>, grid, threads, shared, params,
+                                 stream);
     }
   }
 

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "focus.cuh"
+#include "row_loader.cuh"
 #include "tap_product.cuh"
 #include "windows.cuh"
 
@@ -124,62 +125,6 @@ __device__ __forceinline__ float room_for_query(const float (&powers)[kSlices][4
   return fminf(__fdividef(0x1p13f, quad_max(largest)), 0x1p100f);
 }
 
-/// Brings a warp's channels of the rows of V that lie under a strip and its halo. Eight lanes bring adjacent
-/// pixels, and write to different banks.
-template <typename Traits>
-class ValueLoader {
- public:
-  __device__ __forceinline__ ValueLoader(const OutputParams& params, const Window& window, uint32_t ring,
-                                         int x0, int y_end, int warp_channel, int patch, const Lane& lane)
-      : params_(params),
-        window_(window),
-        rows_(min(params.grid.window_h, y_end + Traits::kHalo)),
-        patch_(patch),
-        pixel_bytes_(Traits::pixel_bytes(params.channels)),
-        row_bytes_(Traits::pitch(params.patches) * pixel_bytes_) {
-    const int pixel = lane.index % 8, channel = warp_channel * 2 + lane.index / 8 * 16;
-    to_ = ring + pixel * pixel_bytes_ + channel;
-    const char* value =
-        static_cast<const char*>(params.value.data) + window.image * params.value.image + channel;
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-      const int column = 8 * i + pixel, x = x0 - Traits::kHalo + column;
-      const bool inside = x >= 0 && x < params.grid.window_w;
-      from_[i] =
-          value + static_cast<int64_t>(inside ? window.column(params.grid, x) : 0) * params.value.token;
-      bytes_[i] = column < Traits::pitch(params.patches) ? (inside ? 16 : 0) : -1;
-      keep(from_[i]), keep(bytes_[i]);
-    }
-    keep(to_);
-  }
-
-  /// Four rows, y of the window and on, to a block of the ring; the warps of a strip's patches share them.
-  __device__ __forceinline__ void load_block(int y, int block) {
-    uint32_t to = to_ + (block * kStepRows + patch_) * row_bytes_;
-    for (int j = patch_; j < kStepRows; j += params_.patches, to += params_.patches * row_bytes_) {
-      const bool inside = static_cast<unsigned>(y + j) < static_cast<unsigned>(rows_);
-      const int64_t row =
-          static_cast<int64_t>(inside ? window_.row(params_.grid, y + j) : 0) * params_.value.token;
-      const int read = inside ? -1 : ~16;
-      uint32_t at = to;
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i, at += 8 * pixel_bytes_) {
-        unrolled<Traits::kSlices>([&](auto s) { copy_async<s * 64>(at, from_[i] + row, bytes_[i] & read); });
-      }
-    }
-    copy_async_commit();
-  }
-
- private:
-  static constexpr int kColumns = (kMaxPatches * kPatchColumns + 2 * Traits::kHalo + 7) / 8;  // by eight
-  const OutputParams& params_;
-  const Window& window_;
-  int rows_, patch_, pixel_bytes_, row_bytes_;
-  uint32_t to_;
-  const char* from_[kColumns];
-  int bytes_[kColumns];  // to read: 16, or 0 outside of the window; -1 beyond the strip
-};
-
 template <typename T, int kHeadDim, int kTaps, int kMode>
 __global__ void __launch_bounds__(max_threads(kHeadDim, kTaps))
     forward_output(const __grid_constant__ OutputParams params) {
@@ -204,7 +149,8 @@ __global__ void __launch_bounds__(max_threads(kHeadDim, kTaps))
   uint32_t ring = shared_address(queries + Traits::query_bytes(channels, params.patches));
   state += warp * Traits::kStateFragments * 32 + lane.index;
 
-  ValueLoader<Traits> values(params, window, ring, x0, y_end, warp_channel, patch, lane);
+  RowLoader<Traits> values(params.value, grid, window, channels, params.patches, ring, x0, y_end,
+                           warp_channel, patch, lane);
   if constexpr (kTaps > 0) {
     for (int i = 0; i < Traits::kReadBlocks; ++i) values.load_block(y0 - Traits::kHalo + i * kStepRows, i);
   }
@@ -254,14 +200,11 @@ __global__ void __launch_bounds__(max_threads(kHeadDim, kTaps))
   if (patch == 0) pack_state<T, kHeadDim, kTaps>(state, s, m, state_scale, lane);
 
   SliceGroup group(exchange, patch, params.patches, warp, warps);
-  const QueryFocus focus(params.focus, inverse_scale + warp_channel + 8 * lane.t, own_queries, group, lane);
+  const QueryFocus focus(params.focus, inverse_scale + warp_channel + 8 * lane.t, group, lane);
   const int pixel_bytes = Traits::pixel_bytes(channels),
             row_bytes = Traits::pitch(params.patches) * pixel_bytes;
-  const int matrix = lane.index / 8;  // of ldmatrix
   uint32_t pixel = ring + (patch * kPatchColumns + lane.index % 8) * pixel_bytes + warp_channel * 2;
-  uint32_t shifted = pixel + min(matrix, kTaps - 1) * pixel_bytes;
-  uint32_t fifth = pixel + 4 * pixel_bytes + matrix * row_bytes;
-  keep(shifted), keep(fifth);
+  keep(pixel);
   int block = 0;  // of the ring, where the step's first row is
   for (int y = y0; y < y_end; y += kStepRows, block = block + 1 < Traits::kRingBlocks ? block + 1 : 0) {
     copy_async_wait<0>();
@@ -274,8 +217,8 @@ __global__ void __launch_bounds__(max_threads(kHeadDim, kTaps))
 
     uint32_t q[Traits::kSlices][4][4];
     float eps[4];
-    focus([&](const float (&powers)[Traits::kSlices][4][8], float factor) {
-      quad_gather(eps, __fdividef(params.eps * state_scale, factor));
+    focus(own_queries, [&](const float (&powers)[Traits::kSlices][4][8], const Norms& norms) {
+      quad_gather(eps, __fdividef(params.eps * state_scale, phi_factor(norms)));
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         const float room = room_for_query<T, Traits::kSlices>(powers, r);
@@ -325,17 +268,7 @@ __global__ void __launch_bounds__(max_threads(kHeadDim, kTaps))
 
     PixelRows<kTaps> pixels;
     if constexpr (kTaps > 0) {
-#pragma unroll
-      for (int i = 0, from = block; i < Traits::kReadBlocks; ++i) {
-        int offset = from * kStepRows * row_bytes;
-        from = from + 1 < Traits::kRingBlocks ? from + 1 : 0;
-        if (i < 2) pixels.fifth[i] = fifth + offset;
-#pragma unroll
-        for (int j = 4 * i; j < min(4 * i + 4, PixelRows<kTaps>::kRows); ++j, offset += row_bytes) {
-          pixels.row[j] = shifted + offset;
-        }
-      }
-      pixels.rest = (min(matrix + 4, kTaps - 1) - matrix) * pixel_bytes;
+      pixels.template point<Traits::kRingBlocks>(pixel, pixel_bytes, row_bytes, block, lane.index / 8);
     }
 
     // Two n-blocks, 16 channels, at a time; a loop, so that only one pair's fragments are in flight.

@@ -113,6 +113,29 @@ struct StateAccumulator {
     }
   }
 
+  /// The same for sums whose columns came in the order of row_gradient.cuh's tiles, and whose m is the sum of
+  /// two columns.
+  __device__ void store_tile_order(float* state, int channels, int slice, float scale,
+                                   const Lane& lane) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int c = slice * kSliceChannels + channel(lane, i, half);
+        float* row = state + static_cast<int64_t>(c) * kHeadDim + 8 * lane.t;
+#pragma unroll
+        for (int b = 0; b < Traits::kBlocks; ++b) {
+          *reinterpret_cast<float2*>(row + b / 4 * kSliceChannels + b % 4 * 2) =
+              make_float2(s[b][i][2 * half] * scale, s[b][i][2 * half + 1] * scale);
+        }
+        if (lane.t == 0) {
+          state[static_cast<int64_t>(channels) * kHeadDim + c] =
+              (m[i][2 * half] + m[i][2 * half + 1]) * scale;
+        }
+      }
+    }
+  }
+
   /// Writes S and m, times `scale`, to the state of the window.
   __device__ void store(float* state, int channels, int slice, float scale, const Lane& lane) const {
 #pragma unroll
@@ -223,13 +246,14 @@ __global__ void __launch_bounds__(max_threads(kHeadDim))
   load_values(tile, first);
   load_inverse_scale<T>(inverse_scale, params.focus, params.channels);
   __syncthreads();
-  const KeyFocus focus(params.focus, inverse_scale + first_channel, own_keys, group, lane);
+  const KeyFocus focus(params.focus, inverse_scale + first_channel, group, lane);
   for (; first < end; first += stride) {
     copy_async_wait<0>();
     uint32_t k[4][4];
     float change = 1.0f;
     const LaneBias bias{params.focus.key_bias, params.channels, first_channel, first + lane.g, end - 1};
-    focus(bias, [&](const float (&y)[1][4][8], float own_factor) {
+    focus(own_keys, bias, [&](const float (&y)[1][4][8], const Norms& norms) {
+      float own_factor = phi_factor(norms);
       if (first + lane.g + 8 * lane.t >= end) own_factor = 0.0f;
       float factor[4];
       quad_gather(factor, own_factor);

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "general_plan.h"
+#include "tensorcore.h"
 
 namespace flatten::cuda::general {
 namespace {
@@ -37,7 +38,8 @@ struct BackwardPlan {
   BackwardCall call;
   TapsCall taps;
   ParameterCall parameters;
-  bool key_scratch = false;  // key_bias's gradient is summed from k's, which nobody else wants
+  bool on_tensor_cores = false;  // all but the gradients of the taps
+  bool key_scratch = false;      // key_bias's gradient is summed from k's, which nobody else wants
   std::int64_t pairs = 0;
 
   BackwardPlan(const AttentionBackward& params, const Device& device) {
@@ -59,6 +61,12 @@ struct BackwardPlan {
     call.queries = side_of(queries, plan, pairs, device, Prefer::kGroups);
     const Tiling keys = params.taps ? map_tiling(g) : linear_tiling(g.window_keys());
     call.keys = side_of(keys, plan, pairs, device, Prefer::kChunks);
+    on_tensor_cores = tensorcore::takes(params, device);
+    if (on_tensor_cores) {
+      const tensorcore::BackwardChunks chunks = tensorcore::backward_chunks(params, device);
+      call.queries.chunks = chunks.queries;
+      call.keys.chunks = chunks.keys;
+    }
     taps = plan_taps(g, plan, params.taps, params.grad_weight || params.grad_bias, device);
     taps.in = params.value;
     taps.grad_out = params.grad_out;
@@ -94,7 +102,7 @@ struct BackwardPlan {
       call.grad_state = take(state_bytes(g, params.dtype));
       call.grad_partials =
           take(call.queries.chunks > 1 ? pairs * call.queries.chunks * call.plan.state() * size : 0);
-      call.row_terms = take(g.batch * g.queries * g.heads * 2 * size);
+      call.row_terms = take(on_tensor_cores ? 0 : g.batch * g.queries * g.heads * 2 * size);
       parameters.scale_partials = call.scale_partials = take(parameters.scale_rows * channels * size);
       if (key_scratch) {
         call.params.grad_key = {take(g.batch * g.keys * channels * element_size(params.dtype)),
@@ -153,9 +161,18 @@ cudaError_t launch(const AttentionBackward& params, const Device& device, void* 
   if (plan.call.attention && !params.state) {
     error = launch_state(params, const_cast<void*>(plan.call.state), device, state_scratch, stream);
   }
+  if (error == cudaSuccess && plan.on_tensor_cores) {
+    error = tensorcore::launch(
+        params, device,
+        {static_cast<const float*>(plan.call.state), static_cast<float*>(plan.call.grad_state),
+         static_cast<float*>(plan.call.grad_partials), static_cast<float*>(plan.call.scale_partials)},
+        stream);
+  }
   return with_element(params.dtype, [&](auto e) {
     using T = decltype(e);
-    if (error == cudaSuccess && plan.call.attention) error = launch_backward<T>(plan.call, stream);
+    if (error == cudaSuccess && plan.call.attention && !plan.on_tensor_cores) {
+      error = launch_backward<T>(plan.call, stream);
+    }
     if (error == cudaSuccess && plan.taps.chunks > 0) error = launch_taps<T>(plan.taps, stream);
     return error == cudaSuccess ? launch_parameters<T>(plan.parameters, stream) : error;
   });

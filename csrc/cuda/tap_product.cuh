@@ -26,15 +26,17 @@ struct TapTable {
   }
   static constexpr __host__ __device__ int bias_offset(int channels) { return channels * kStride + kZeros; }
 
-  /// Fills the table of `rows` channels; row c holds the parameters' channel c % period.
-  template <typename T>
+  /// Fills the table of `rows` channels; row c holds the parameters' channel c % period. kMirrored: taps in
+  /// reverse, for the gradient of the convolution's input.
+  template <typename T, bool kMirrored = false>
   static __device__ __forceinline__ void load(unsigned char* table, const Floats& weight, const Floats& bias,
                                               int rows, int period) {
     uint32_t* words = reinterpret_cast<uint32_t*>(table);
     const int lane = threadIdx.x % 32;
     for (int c = threadIdx.x / 32; c < rows; c += blockDim.x / 32) {
       for (int tap = lane; tap < kVectors * 4; tap += 32) {
-        const float w = tap < kTaps * kTaps ? element<T>(weight, c % period * kTaps * kTaps + tap) : 0.0f;
+        const int from = kMirrored ? kTaps * kTaps - 1 - tap : tap;
+        const float w = tap < kTaps * kTaps ? element<T>(weight, c % period * kTaps * kTaps + from) : 0.0f;
         words[c * kVectors * 4 + tap] = c % 2 ? Pair<T>::pack(0.0f, w) : Pair<T>::pack(w, 0.0f);
       }
     }
@@ -71,6 +73,23 @@ struct PixelRows {
   uint32_t row[kRows];  // the lane's 16 bytes of the row, at shift dx = lane / 8
   uint32_t fifth[2];    // kTaps 5: shift 4 of the input rows lane / 8 and lane / 8 + 4
   int rest;             // kTaps 7: from shift lane / 8 to shift lane / 8 + 4, or to the last
+
+  /// pixel: address of the patch's pixel lane % 8, shift 0, in the ring's first row; block: of four rows in
+  /// the ring of kRingBlocks, where the step's input begins.
+  template <int kRingBlocks>
+  __device__ __forceinline__ void point(uint32_t pixel, int pixel_bytes, int row_bytes, int block,
+                                        int matrix) {
+#pragma unroll
+    for (int i = 0; i < (kRows + 3) / 4; ++i) {
+      uint32_t offset = pixel + block * kStepRows * row_bytes;
+      block = block + 1 < kRingBlocks ? block + 1 : 0;
+      if (i < 2) fifth[i] = offset + 4 * pixel_bytes + matrix * row_bytes;
+      offset += min(matrix, kTaps - 1) * pixel_bytes;
+#pragma unroll
+      for (int j = 4 * i; j < min(4 * i + 4, kRows); ++j, offset += row_bytes) row[j] = offset;
+    }
+    rest = (min(matrix + 4, kTaps - 1) - matrix) * pixel_bytes;
+  }
 
   __device__ __forceinline__ void advance(int bytes) {
 #pragma unroll

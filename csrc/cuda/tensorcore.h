@@ -13,4 +13,24 @@ std::int64_t workspace_bytes(const AttentionForward& params, const Device& devic
 cudaError_t launch(const AttentionForward& params, const Device& device, void* workspace,
                    cudaStream_t stream);
 
+/// Focused attention in bf16 with head dimension 32 and up to 256 channels, where the gradients of q, k and v
+/// are all asked for; otherwise as forward. The taps' own gradients and the sums of `scale_partials` are the
+/// general implementation's.
+bool takes(const AttentionBackward& params, const Device& device);
+
+/// Chunks of each window's queries and keys: rows of partial results.
+struct BackwardChunks {
+  int queries, keys;
+};
+BackwardChunks backward_chunks(const AttentionBackward& params, const Device& device);
+
+struct BackwardBuffers {
+  const float* state;
+  float* state_gradient;           // (windows, state), over M
+  float* state_gradient_partials;  // (windows, chunks of queries, state); unused for one chunk
+  float* scale_partials;  // (windows * chunks of queries + windows * chunks of keys, channel), or null
+};
+cudaError_t launch(const AttentionBackward& params, const Device& device, const BackwardBuffers& buffers,
+                   cudaStream_t stream);
+
 }  // namespace flatten::cuda::tensorcore

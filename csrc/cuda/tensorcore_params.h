@@ -18,6 +18,8 @@ constexpr int kMaxPatches = 2;      // and patches side by side in a block
 /// Threads of a block that its registers allow for.
 constexpr int max_threads(int head_dim, int taps = 0) { return head_dim <= 32 && taps <= 5 ? 384 : 256; }
 
+constexpr int kBackwardThreads = 256;
+
 /// Where the tokens of a window lie in memory (params.h, Geometry).
 struct WindowGrid {
   int map_h, map_w;        // the map
@@ -79,6 +81,33 @@ struct OutputParams {
   int rows;     // of a block, a multiple of kStepRows
 };
 
+struct QueryGradientParams {
+  WindowGrid grid;
+  FocusParams focus;
+  TokenArray query, grad_out, grad_query;
+  const float* state;  // (windows, S and m), as in launch.h
+  int channels;
+  int queries;  // of one window
+  int chunk, groups;
+  float eps, inverse_keys;
+  float* partial;         // (windows, chunks, gradient of a window's state, over M)
+  float* scale_partials;  // (windows, chunks, channels), or null
+};
+
+struct KeyGradientParams {
+  WindowGrid grid;
+  FocusParams focus;
+  TokenArray key, value, grad_out, grad_key, grad_value;
+  const float* state_gradient;  // (windows, gradients of S and m over M), as in launch.h
+  Floats weight;
+  bool per_channel;
+  int channels;
+  int tokens, window_keys;  // keys of an image, of a window
+  int patches;              // side by side in a strip
+  int rows;                 // of a block, a multiple of kStepRows
+  float* scale_partials;    // (windows, runs, strips, channels), or null
+};
+
 /// The forward kernels of one element type, head dimension and mode (3, the paper's, or kRuntimeMode); one
 /// instantiation unit each (forward_*.cu).
 struct ForwardKernels {
@@ -89,6 +118,16 @@ struct ForwardKernels {
 };
 template <Dtype kDtype, int kHeadDim, int kMode>
 const ForwardKernels& forward_kernels();
+
+/// The backward kernels (backward_*.cu), for bf16 and head dimension 32.
+struct BackwardKernels {
+  int (*query_shared)(int channels, int groups);
+  cudaError_t (*query)(const QueryGradientParams& params, int chunks, int windows, cudaStream_t stream);
+  int (*key_shared)(int taps, int channels, int patches, bool per_channel);
+  cudaError_t (*key)(const KeyGradientParams& params, int taps, dim3 grid, cudaStream_t stream);
+};
+template <int kMode>
+const BackwardKernels& backward_kernels();
 
 /// `state` (windows, size) = the sum of `partial` (windows, chunks, size) over chunks, in their order.
 cudaError_t reduce_state(const float* partial, float* state, int windows, int chunks, std::int64_t size,

@@ -1,0 +1,57 @@
+// The backward kernels of one mode, behind plain functions: what an instantiation unit (backward_*.cu) gives
+// to backward.cpp.
+#pragma once
+
+#include "backward_key.cuh"
+#include "backward_query.cuh"
+#include "tensorcore_launch.cuh"
+
+namespace flatten::cuda::tensorcore {
+
+template <int kMode>
+struct Backward {
+  using T = __nv_bfloat16;
+  static constexpr int kHeadDim = 32;
+
+  static int query_shared(int channels, int groups) {
+    return QueryGradientTraits<T, kHeadDim>::shared_bytes(channels, groups);
+  }
+
+  static cudaError_t query(const QueryGradientParams& params, int chunks, int windows, cudaStream_t stream) {
+    return launch_tensorcore(backward_query<T, kHeadDim, kMode>, dim3(chunks, windows),
+                             params.groups * params.channels / kHeadDim * 32,
+                             query_shared(params.channels, params.groups), params, stream);
+  }
+
+  static int key_shared(int taps, int channels, int patches, bool per_channel) {
+    switch (taps) {
+      case 3:
+        return KeyGradientTraits<T, kHeadDim, 3>::shared_bytes(channels, patches, per_channel);
+      case 5:
+        return KeyGradientTraits<T, kHeadDim, 5>::shared_bytes(channels, patches, per_channel);
+      case 7:
+        return KeyGradientTraits<T, kHeadDim, 7>::shared_bytes(channels, patches, per_channel);
+      default:
+        return KeyGradientTraits<T, kHeadDim, 0>::shared_bytes(channels, patches, per_channel);
+    }
+  }
+
+  static cudaError_t key(const KeyGradientParams& params, int taps, dim3 grid, cudaStream_t stream) {
+    const int threads = params.patches * params.channels / kHeadDim * 32;
+    const int shared = key_shared(taps, params.channels, params.patches, params.per_channel);
+    switch (taps) {
+      case 3:
+        return launch_tensorcore(backward_key<T, kHeadDim, 3, kMode>, grid, threads, shared, params, stream);
+      case 5:
+        return launch_tensorcore(backward_key<T, kHeadDim, 5, kMode>, grid, threads, shared, params, stream);
+      case 7:
+        return launch_tensorcore(backward_key<T, kHeadDim, 7, kMode>, grid, threads, shared, params, stream);
+      default:
+        return launch_tensorcore(backward_key<T, kHeadDim, 0, kMode>, grid, threads, shared, params, stream);
+    }
+  }
+
+  static constexpr BackwardKernels kKernels = {query_shared, query, key_shared, key};
+};
+
+}  // namespace flatten::cuda::tensorcore
