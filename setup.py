@@ -211,7 +211,8 @@ class BuildLibraries(build_ext):
         if sys.platform == "darwin":
             ldflags.append("-Wl,-install_name,@rpath/" + output.name)
         elif name != "_C":
-            ldflags.append(f"-Wl,--version-script={CSRC / 'exports.map'}")
+            # Without a soname _C would remember the path that libflatten.so had when it was linked.
+            ldflags += [f"-Wl,-soname,{output.name}", f"-Wl,--version-script={CSRC / 'exports.map'}"]
         shared = "-dynamiclib" if sys.platform == "darwin" and name != "_C" else "-shared"
         if sys.platform == "darwin" and name == "_C":
             shared = "-bundle -undefined dynamic_lookup"
@@ -235,8 +236,9 @@ class BuildLibraries(build_ext):
             lines.append(f"build {target}: {rule} {ninja_path(source)}")
             if source.stem in ISA_FLAGS:
                 lines.append(f"  isa = {ISA_FLAGS[source.stem]}")
-        # What is linked as a file is linked again when it changes.
+        # What the linker reads besides: linked again when it changes.
         files = [ninja_path(Path(library)) for library in libraries if library.endswith(".so")]
+        files.append(ninja_path(CSRC / "exports.map"))
         lines.append(f"build {ninja_path(output)}: link {' '.join(objects)} | {' '.join(files)}")
         return "\n".join(lines) + "\n"
 

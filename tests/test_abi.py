@@ -71,6 +71,15 @@ def test_exported_symbols(name: str) -> None:
     assert len(exported) == (2 if name == "libflatten" else 0)
 
 
+@pytest.mark.parametrize("name", OBJECTS)
+def test_needed_libraries_have_no_path(name: str) -> None:
+    """What was linked in the build folder is found beside the package, wherever that is installed."""
+    listing = subprocess.run(["readelf", "-d", OBJECTS[name]], capture_output=True, text=True, check=True)
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", listing.stdout)
+    assert needed
+    assert [library for library in needed if "/" in library] == []
+
+
 def test_module_exports_its_entry() -> None:
     exported = symbols(OBJECTS["_C"], "--defined-only")
     assert [s for s in exported if not s.startswith("_Z")] == ["PyInit__C"]
