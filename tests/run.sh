@@ -36,12 +36,10 @@ if "$venv/bin/python" -c "import sys, torch; sys.exit(not torch.cuda.is_availabl
   step "GPU tests"
   "$venv/bin/python" -m pytest -q -m gpu
 elif [ -x "$emulator" ] && [ -e flatten_ext/lib/libflatten_cuda.so ]; then
-  for cc in 8.0 9.0; do
-    step "GPU tests under the CUDA emulator, compute capability $cc"
-    "$emulator" --cc "$cc" --no-sticky -- "$venv/bin/python" -m pytest -q -m gpu
-  done
-  step "GPU tests under the CUDA emulator, with warp-level race checks"
-  "$emulator" --warp-race-check --no-sticky -- "$venv/bin/python" -m pytest -q -m gpu
+  step "GPU tests under the CUDA emulator: compute capability 8.0, warp-level race checks too"
+  "$emulator" --cc 8.0 --warp-race-check --no-sticky -- "$venv/bin/python" -m pytest -q -n 2 -m gpu
+  step "GPU tests under the CUDA emulator: compute capability 9.0"
+  "$emulator" --cc 9.0 --no-sticky -- "$venv/bin/python" -m pytest -q -n 2 -m gpu
 else
   step "GPU tests: skipped, no GPU and no emulator (or no CUDA library built)"
 fi
