@@ -67,7 +67,9 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
     """Dots: every run's accuracy, a bar at the mean; one panel for each model."""
     models = list(dict.fromkeys(row["model"] for row in summary["variants"]))
     variants = list(dict.fromkeys(row["variant"] for row in summary["variants"]))
-    made, panels = figure(5.2 * len(models) + 1.5, 0.36 * len(variants) + 1.5, len(models), sharey=True)
+    made, panels = figure(
+        max(8, 5.2 * len(models) + 1.5), 0.36 * len(variants) + 1.5, len(models), sharey=True
+    )
     for axes, model in zip(panels, models, strict=True):
         for row in summary["variants"]:
             if row["model"] != model:

@@ -62,7 +62,7 @@ def save(made: Any, path: Path) -> None:
     matplotlib = require("matplotlib", "bench", "the chart")
     metadata = {"Date": None} if path.suffix == ".svg" else None
     with (
-        matplotlib.rc_context({"svg.hashsalt": "flatten", "svg.fonttype": "none"}),
+        matplotlib.rc_context({"svg.hashsalt": "flatten"}),
         replacing(path) as temporary,
     ):
         made.savefig(temporary, metadata=metadata, facecolor=PAPER)

@@ -34,7 +34,7 @@ class Table:
         )
         table.caption_justify = "left"
         for i, name in enumerate(self.header):
-            table.add_column(name, justify="right" if i else "left", no_wrap=i == 0)
+            table.add_column(name, justify="right" if i else "left", overflow="fold")
         for row in self.rows:
             table.add_row(*row)
         return table

@@ -22,6 +22,7 @@ __all__ = ["COLORS", "draw"]
 
 COLORS = {"softmax": "#5b6b7f", "linear": "#d9822b", "focused": "#0b7a75"}
 DIGITS = (2, 4, 5, 8)
+LABEL_GAP = 11.0  # percent points between the labels of lines that end close together
 INK, FAINT, PAPER = "#1d2733", "#8a94a0", "#fdfdfb"
 
 
@@ -43,8 +44,8 @@ def _map_of(model: MicroViT, image: Tensor, query: int) -> Tensor:
 
 def _draw_curves(axes: Any, outcomes: Sequence[Outcome]) -> None:
     # Labels at the line ends, pushed apart where lines end close together.
-    ends = sorted(outcomes, key=lambda outcome: outcome.accuracy)
-    floor, gap = 0.0, 11.0
+    ends = sorted(outcomes, key=lambda outcome: -outcome.accuracy)
+    place = 100.0 + LABEL_GAP
     for outcome in ends:
         color = COLORS[outcome.variant.name]
         curves = [[100 * accuracy for _, accuracy in run.curve] for run in outcome.runs]
@@ -55,12 +56,12 @@ def _draw_curves(axes: Any, outcomes: Sequence[Outcome]) -> None:
             high = [max(at) for at in zip(*curves, strict=True)]
             axes.fill_between(steps, low, high, color=color, alpha=0.14, linewidth=0)
         axes.plot(steps, mean, color=color, linewidth=2.4, solid_capstyle="round")
-        axes.plot(steps[-1], mean[-1], "o", color=color, markersize=6)
-        floor = max(mean[-1], floor + gap)
+        axes.plot(steps[-1], mean[-1], "o", color=color, markersize=6, clip_on=False, zorder=3)
+        place = min(mean[-1], place - LABEL_GAP)
         axes.annotate(
             f"{outcome.variant.label}\n{mean[-1]:.1f} %",
             (steps[-1], mean[-1]),
-            (steps[-1] * 1.03, floor),
+            (steps[-1] * 1.03, place),
             color=color,
             va="center",
             fontsize=10.5,
@@ -125,7 +126,7 @@ def draw(outcomes: Sequence[Outcome], images: Images, path: Path) -> None:
     matplotlib = require("matplotlib.figure", "demo", "the picture")
     figure = matplotlib.Figure(figsize=(13, 6.6), facecolor=PAPER)
     columns = len(outcomes) + 1
-    left = figure.add_gridspec(1, 1, left=0.045, right=0.4, top=0.77, bottom=0.15)
+    left = figure.add_gridspec(1, 1, left=0.045, right=0.43, top=0.77, bottom=0.15)
     right = figure.add_gridspec(
         len(DIGITS), columns, left=0.6, right=0.985, top=0.77, bottom=0.085, wspace=0.07, hspace=0.07
     )
