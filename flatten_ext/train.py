@@ -24,10 +24,11 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from . import models as models  # registers them with timm
+from . import models
 from .conversion import convert
 from .data import Replayable, open_dataset, seed_everything
 from .evaluate import autocast, evaluate, write_atomically
+from .models._checkpoint import load_weights
 
 __all__ = ["TrainConfig", "Trainer", "distillation_loss"]
 
@@ -40,7 +41,7 @@ class TrainConfig:
     data: str  # a folder, "digits" or "mnist": see flatten_ext.data.open_dataset
     output: str  # folder of last.pt, best.pt and history.json
     model_args: dict[str, Any] = field(default_factory=dict)
-    checkpoint: str | None = None  # weights to start from
+    checkpoint: str | None = None  # weights to start from; a classifier of other classes is not loaded
     convert: str | None = None  # stages for flatten_ext.convert, applied after loading
     teacher: str | None = None  # timm model name to distil from; "self" is the model before `convert`
     teacher_checkpoint: str | None = None
@@ -96,7 +97,9 @@ class Trainer:
         self._set_transforms(model, train_set)
         self.train_set = Replayable(train_set, config.seed)
         if config.checkpoint:
-            timm.models.load_checkpoint(model, config.checkpoint)
+            ours = isinstance(model, models.FAMILIES)
+            filter_fn = models.checkpoint_filter(model) if ours else lambda state_dict, _model: state_dict
+            load_weights(model, config.checkpoint, filter_fn, new_classifier=True)
         self.teacher = self._make_teacher(model)
         if config.convert:
             convert(model, config.convert, img_size=config.img_size)

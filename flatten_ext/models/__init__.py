@@ -21,6 +21,7 @@ from .pvt_v2 import FlattenPyramidTransformerV2
 from .swin import FlattenSwinTransformer
 
 __all__ = [
+    "FAMILIES",
     "FlattenCSWinTransformer",
     "FlattenPyramidTransformer",
     "FlattenPyramidTransformerV2",
@@ -40,6 +41,9 @@ _FILTERS: dict[type[nn.Module], Callable[..., Any]] = {
     FlattenVisionTransformer: deit.checkpoint_filter_fn,
     FlattenVisionTransformerDistilled: deit.checkpoint_filter_fn,
 }
+
+
+FAMILIES = tuple(_FILTERS)
 
 
 def checkpoint_filter(model: nn.Module) -> Callable[[dict[str, Any], nn.Module], dict[str, Any]]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from ..nn import resize_positional_encoding
 from ._attention import FocusedAttention
 
-__all__ = ["load_official", "resample_encodings", "resample_square", "unwrap"]
+__all__ = ["load_official", "load_weights", "resample_encodings", "resample_square", "unwrap"]
 
 # Buffers of the public models that every model here rebuilds.
 _BUFFERS = ("relative_position_index", "relative_coords_table", "attn_mask")
@@ -46,7 +46,7 @@ def resample_encodings(state_dict: dict[str, Tensor], model: nn.Module) -> dict[
     return out
 
 
-def load_official(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+def load_official(model: nn.Module, path: str | os.PathLike[str], new_classifier: bool = False) -> nn.Module:
     """Loads a published .pth file (`{"model": state_dict, ...}`, or a bare state_dict) into `model`, whole.
 
     Positional encodings and relative position tables are interpolated to the model's resolution; buffers
@@ -56,18 +56,34 @@ def load_official(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         model: a model of `flatten_ext.models`.
         path: the checkpoint. It is unpickled with weights_only, so it cannot run code; if it holds
             averaged (EMA) weights too, those are taken.
+        new_classifier: for fine-tuning: leave the model's classifier as it is if it has another number of
+            classes.
 
     Returns:
         `model`.
 
     Raises:
+        TypeError: a model of none of the five families.
         ValueError: naming every parameter that is missing, unexpected, or of another shape. The model is
             then unchanged.
     """
     from . import checkpoint_filter
 
-    state_dict = checkpoint_filter(model)(unwrap(load_state_dict(os.fspath(path))), model)
+    return load_weights(model, path, checkpoint_filter(model), new_classifier)
+
+
+def load_weights(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]],
+    new_classifier: bool = False,
+) -> nn.Module:
+    """`load_official` for any model: `filter_fn` (state_dict, model) renames and resamples."""
+    state_dict = filter_fn(unwrap(load_state_dict(os.fspath(path))), model)
     expected = model.state_dict()
+    if new_classifier:
+        for key in _other_classifier(model, state_dict, expected):
+            state_dict[key] = expected[key]
     differences = [f"missing: {key}" for key in expected if key not in state_dict]
     differences += [f"unexpected: {key}" for key in state_dict if key not in expected]
     differences += [
@@ -79,6 +95,13 @@ def load_official(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         raise ValueError(
             f"{os.fspath(path)} does not fit {type(model).__name__}:\n  " + "\n  ".join(differences)
         )
-    with torch.no_grad():
-        model.load_state_dict(state_dict)
+    model.load_state_dict(state_dict)
     return model
+
+
+def _other_classifier(model: Any, state_dict: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    """The classifier's parameters, if the checkpoint's have another shape."""
+    names = model.pretrained_cfg["classifier"]
+    prefixes = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+    keys = [key for key in expected if key.startswith(prefixes) and key in state_dict]
+    return keys if any(state_dict[key].shape != expected[key].shape for key in keys) else []

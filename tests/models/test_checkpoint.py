@@ -77,6 +77,16 @@ def test_own_checkpoints(family: str, tmp_path: Path) -> None:
     assert checkpoint_filter(larger)(state_dict, larger).keys() == larger.state_dict().keys()
 
 
+def test_new_classifier(tmp_path: Path) -> None:
+    model, other = small("swin"), small("swin", num_classes=7)
+    state_dict = filled(other)
+    torch.save(state_dict, tmp_path / "other.pth")
+    classifier = model.head.fc.weight.detach().clone()
+    flatten_ext.load_official(model, tmp_path / "other.pth", new_classifier=True)
+    torch.testing.assert_close(model.head.fc.weight, classifier, rtol=0, atol=0)
+    torch.testing.assert_close(model.norm.weight, state_dict["norm.weight"], rtol=0, atol=0)
+
+
 def test_a_rectangular_encoding_is_refused() -> None:
     model = small("pvt_v2", img_size=(96, 64))
     with pytest.raises(ValueError, match="square"):

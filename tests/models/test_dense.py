@@ -87,7 +87,8 @@ def test_retinanet(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["swin", "pvt_v2"])
 def test_mask_rcnn(family: str) -> None:
-    model, loss = detector(mask_rcnn, family)
+    few = {"rpn_post_nms_top_n_train": 64, "box_batch_size_per_image": 32}  # proposals, for speed
+    model, loss = detector(mask_rcnn, family, **few)
     halves(model, loss, steps=30)
     assert model.eval()([pictures(1)[0][0]])[0]["masks"].shape[1:] == (1, SIZE, SIZE)
 

@@ -101,17 +101,12 @@ def test_logits_and_features(public: str) -> None:
     ]
     image = golden_data.unit("input", (2, 3, 224, 224))
     with torch.inference_mode():
-        assert (
-            relative(model(image[:1]), golden["logits64"][:1]) < 1e-10
-        )  # one: float64 convolutions are slow
+        assert relative(model(image), golden["logits64"]) < 1e-10
     for hook in hooks:
         hook.remove()
     for stage in stages:
-        index = torch.arange(256) * 2654435761 % (2 * outputs[stage].numel())  # recorded of both images
-        sample = golden[f"stage.{stage}.sample"]
-        first = index < outputs[stage].numel()
-        assert first.sum() > 100
-        assert relative(outputs[stage][index[first]], sample[first]) < 1e-10, stage
+        index = torch.arange(256) * 2654435761 % outputs[stage].numel()
+        assert relative(outputs[stage][index], golden[f"stage.{stage}.sample"]) < 1e-10, stage
     with torch.inference_mode():
         assert relative(model.float()(image.float()), golden["logits64"]) < 1e-5
 

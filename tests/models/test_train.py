@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -123,6 +124,22 @@ def test_distillation_from_the_softmax_model(tmp_path: Path) -> None:
     assert type(trainer.model).__name__ == "FlattenVisionTransformer"
     trainer.fit()
     assert trainer.epoch == 1
+
+
+def test_fine_tuning_starts_from_a_checkpoint(tmp_path: Path) -> None:
+    softmax = timm.create_model("deit_tiny_patch16_224", num_classes=3, **SMALL)
+    torch.save({"model": softmax.state_dict()}, tmp_path / "softmax.pth")
+    trainer = Trainer(
+        config(
+            tmp_path / "run",
+            model="deit_tiny_patch16_224",
+            checkpoint=str(tmp_path / "softmax.pth"),
+            convert="L",
+        )
+    )
+    kept = trainer.model.blocks[0].attn.qkv.weight
+    torch.testing.assert_close(kept, softmax.blocks[0].attn.qkv.weight, rtol=0, atol=0)
+    assert trainer.model.head.out_features == 10
 
 
 def test_distillation_loss() -> None:
