@@ -19,7 +19,10 @@ struct Pair;
 template <>
 struct Pair<__nv_bfloat16> {
   static __device__ __forceinline__ float2 unpack(uint32_t x) {
-    return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
+    float2 y;  // as assembly: from C++, the bits would take a move each to become floats
+    asm("shl.b32 %0, %1, 16;" : "=f"(y.x) : "r"(x));
+    asm("and.b32 %0, %1, 0xffff0000;" : "=f"(y.y) : "r"(x));
+    return y;
   }
   static __device__ __forceinline__ uint32_t pack(float low, float high) {
     uint32_t x;

@@ -96,8 +96,8 @@ struct Strips {
     patches = grid.window_w <= kPatchColumns ? 1 : kMaxPatches;
     while (patches > 1 && !fits(patches)) --patches;
     strips = ceil_div(grid.window_w, patches * kPatchColumns);
-    const int wanted = std::min(ceil_div(3 * device.multiprocessors, 2 * strips * windows),
-                                ceil_div(grid.window_h, kStepRows));
+    const int wanted =
+        std::min(ceil_div(device.multiprocessors, strips * windows), ceil_div(grid.window_h, kStepRows));
     rows = ceil_div(ceil_div(grid.window_h, wanted), kStepRows) * kStepRows;
     runs = ceil_div(grid.window_h, rows);
   }
