@@ -226,7 +226,9 @@ def test_quick_bench_writes_json_markdown_and_svg(tmp_path, compare):
     results = Results.read(tmp_path / "stages.json")
     assert results.shapes("stages") == [shape.name for shape in QUICK_STAGES]
     assert results.contenders("stages") == ["flatten", "eager", "softmax"]
-    assert (tmp_path / "stages.svg").read_text().startswith("<?xml")
+    assert [results.tokens("tokens", shape) for shape in results.shapes("tokens")] == [64, 128, 256]
+    for name in ("stages", "stages-tokens"):
+        assert (tmp_path / f"{name}.svg").read_text().startswith("<?xml")
     assert "| geometric mean |" in (tmp_path / "stages.md").read_text()
     assert compare.main([str(tmp_path / "stages.json")] * 2) == 0
 

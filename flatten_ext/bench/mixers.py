@@ -136,7 +136,7 @@ class WindowSoftmax(Mixer):
         bias = self.attention.relative_position_bias_table[rows].permute(2, 0, 1)
         q, k, v = self.split(q, k, v)
         logits = q @ k.transpose(-2, -1) / math.sqrt(self.head_dim) + bias
-        return self.merge(logits.masked_fill(~same, -math.inf).softmax(-1) @ v)
+        return self.merge(logits.masked_fill(~same.to(q.device), -math.inf).softmax(-1) @ v)
 
 
 class LiteMLA(Mixer):

@@ -43,8 +43,11 @@ class Options:
 
     @property
     def thread_counts(self) -> list[int]:
-        # Processor time adds the threads up, so it compares only runs of one.
-        return [1] if self.clock == "cpu" else self.threads or sorted({1, torch.get_num_threads()})
+        if self.clock == "cpu":  # processor time adds the threads up, so it compares only runs of one
+            return [1]
+        if self.device != "cpu":
+            return [torch.get_num_threads()]
+        return self.threads or sorted({1, torch.get_num_threads()})
 
     @property
     def pace(self) -> float:
@@ -81,10 +84,15 @@ def _run_stages(options: Options, console: Console) -> None:
             batches = stages.run_stages(options.stage_shapes, device, options.compiled, options.pace)
             found += _collect(f"stages, {count} threads", console, len(options.stage_shapes), batches)
             rates[count] = max(rates[count], timing.mm_rate(device))
+    ladder = token_ladder(6, 8) if options.quick else token_ladder(6, 16, 2)
+    with timing.threads(min(options.thread_counts)):
+        batches = alternatives.time_ladder(ladder, stages.AGAINST_TOKENS, device, options.pace / 2)
+        found += _collect("tokens", console, len(ladder), batches)
     results = Results(stages.record(found, rates, device, options.clock))
     made = [tables.stages_table(results, count, stages.LABELS) for count in options.thread_counts]
     _publish("stages", results, made, options, console)
     charts.draw_speedups(results, options.output / "stages.svg", stages.LABELS)
+    charts.draw_against_tokens(results, "tokens", options.output / "stages-tokens.svg", stages.LABELS)
 
 
 def _run_alternatives(options: Options, console: Console) -> None:

@@ -17,6 +17,7 @@ from flatten_ext.bench.formulas import Inputs, eager_attention, make_inputs
 from flatten_ext.bench.shapes import Shape
 
 __all__ = [
+    "AGAINST_TOKENS",
     "LABELS",
     "MODES",
     "Measurement",
@@ -33,6 +34,9 @@ LABELS = {
     "compile": "torch.compile",
     "softmax": "softmax SDPA",
 }
+
+# Whose time against the number of tokens the headline shows too.
+AGAINST_TOKENS = ("flatten", "eager", "softmax")
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Table:
         )
         table.caption_justify = "left"
         for i, name in enumerate(self.header):
-            table.add_column(name, justify="right" if i else "left", overflow="fold")
+            table.add_column(name, justify="right" if i else "left", overflow="fold", no_wrap=i == 0)
         for row in self.rows:
             table.add_row(*row)
         return table
@@ -102,8 +102,9 @@ def alternatives_table(
             for shape in shapes
         ]
         table.rows.append([labels[name], *cells])
-    for name, reason in missing.items():
-        table.rows.append([f"{labels[name]}: {reason}", *([NOT_MEASURED] * len(shapes))])
+    for name in missing:
+        table.rows.append([labels[name], *([NOT_MEASURED] * len(shapes))])
+    table.note = "; ".join(f"{labels[name]} {reason}" for name, reason in missing.items())
     return table
 
 

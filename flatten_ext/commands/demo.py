@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -63,6 +64,8 @@ def register(app: typer.Typer) -> None:
         from flatten_ext.demo.images import load_mnist
         from flatten_ext.demo.training import Budget, total_steps
 
+        # More threads than this only wait for each other in operators of 49 tokens.
+        torch.set_num_threads(min(torch.get_num_threads(), 4))
         console = Console()
         images = load_mnist()
         budget = Budget(epochs=epochs, train_images=train_images)
