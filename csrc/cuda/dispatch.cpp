@@ -31,12 +31,14 @@ cudaError_t current_device(Device* device) {
 }
 
 std::int64_t workspace_bytes(const AttentionForward& params, const Device& device) {
+  if (tensorcore::takes_windows(params, device)) return 0;
   if (tensorcore::takes(params, device)) return tensorcore::workspace_bytes(params, device);
   return general::workspace_bytes(params, device);
 }
 
 cudaError_t launch(const AttentionForward& params, const Device& device, void* workspace,
                    cudaStream_t stream) {
+  if (tensorcore::takes_windows(params, device)) return tensorcore::launch_windows(params, stream);
   if (tensorcore::takes(params, device)) return tensorcore::launch(params, device, workspace, stream);
   return general::launch(params, device, workspace, stream);
 }
