@@ -3,6 +3,7 @@
     python benchmarks/cuda_counters.py                       # every shape, forward and backward, as a table
     python benchmarks/cuda_counters.py --output docs/cuda_counters.md --json counters.json
     python benchmarks/cuda_counters.py --shapes 56x56 --directions forward --batch-divisor 8
+    python benchmarks/cuda_counters.py --report a.json b.json    # one table of several runs' --json
 
 Runs the operators under the CUDA emulator (at $CUDAEMU or ../shared/cuda-emulator), which executes the
 compiled PTX and counts exactly. The library must hold PTX that the emulated device takes: build it with
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -183,7 +185,7 @@ def row(call: dict, name: str, launches: list[dict]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def report(calls: list[dict], command: str) -> str:
+def report(calls: list[dict], commands: list[str]) -> str:
     gpus = [f"{g.name} {g.bandwidth / 1e12} TB/s, {g.multiprocessors} SMs, {g.clock / 1e9} GHz" for g in GPUS]
     lines = [
         "# What the CUDA kernels cost",
@@ -204,7 +206,7 @@ def report(calls: list[dict], command: str) -> str:
         "",
         'Reproduce with a library built with TORCH_CUDA_ARCH_LIST="8.0+PTX":',
         "",
-        f"    {command}",
+        *(f"    {command}" for command in commands),
         "",
         "Taps 5x5 shared by the heads, p = 3, key_bias None, float32 parameters. Errors are relative to",
         "float64 on the first image: the output's, or the worst of dq, dk, dv.",
@@ -257,8 +259,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="host threads of the emulator")
     parser.add_argument("--output", type=Path, help="write the Markdown table here instead of the terminal")
     parser.add_argument("--json", type=Path, help="write all counters here")
+    parser.add_argument("--report", type=Path, nargs="+", help="only write the table of these --json files")
     parser.add_argument("--stats", type=Path, help=argparse.SUPPRESS)  # the emulated process
     args = parser.parse_args()
+    if args.report:
+        runs = [json.loads(path.read_text()) for path in args.report]
+        text = report([c for run in runs for c in run["calls"]], [run["command"] for run in runs])
+        print(text) if args.output is None else args.output.write_text(text)
+        return
     if args.stats is None:
         with tempfile.TemporaryDirectory() as folder:
             stats = Path(folder) / "stats.jsonl"
@@ -281,14 +289,12 @@ def main() -> None:
             for shape in shapes:
                 calls.append(measure(shape, direction, dtype, args.batch_divisor, args.stats))
                 print(f"{direction} {dtype} {shape.name}", file=sys.stderr, flush=True)
-    asked = [arg for arg in sys.argv[1:] if arg != str(args.stats) and arg != "--stats"]
-    text = report(calls, " ".join(["python", "benchmarks/cuda_counters.py", *asked]))
+    asked = [shlex.quote(arg) for arg in sys.argv[1:] if arg not in (str(args.stats), "--stats")]
+    command = " ".join(["python", "benchmarks/cuda_counters.py", *asked])
     if args.json:
-        args.json.write_text(json.dumps(calls, indent=1) + "\n")
-    if args.output:
-        args.output.write_text(text)
-    else:
-        print(text)
+        args.json.write_text(json.dumps({"command": command, "calls": calls}, indent=1) + "\n")
+    text = report(calls, [command])
+    print(text) if args.output is None else args.output.write_text(text)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,14 @@ HALF = [
     half(Case(queries=300, keys=49, heads=2), FP16),
     half(Case(queries=49, keys=300, heads=1, head_dim=64, key_bias=True)),
     half(on_map(12, 12, heads=2, p=None, kernel=(5, 5))),
+    # Small windows in one launch.
+    half(on_map(8, 8, batch=1, head_dim=64, kernel=(5, 5), tap_size=0.0)),
+    half(on_map(7, 7, heads=4, head_dim=16, kernel=(5, 5), p=2.5)),
+    half(on_map(7, 7, heads=4, head_dim=16, p=4.0, key_bias=True), FP16),
+    half(
+        on_map(5, 12, batch=1, window=(5, 6), shift=(2, 1), head_dim=64, kernel=(3, 3), p=1.0, key_bias=True)
+    ),
+    half(on_map(9, 5, batch=1, kernel=(3, 3), per_channel=True), FP16),
     on_map(12, 12, heads=2, kernel=(5, 5), dtype=BF16, key_bias=True),
     on_map(12, 12, heads=2, kernel=(5, 5), dtype=FP16),
 ]
@@ -94,6 +102,11 @@ def test_matches_the_oracle(case):
 @pytest.mark.parametrize("case", HALF, ids=str)
 def test_half_precision_matches_the_oracle(case):
     check(case)
+
+
+def test_many_larger_windows():
+    """Enough of them that each is one block's."""
+    check(half(on_map(14, 14, batch=32, heads=1, head_dim=64, kernel=(5, 5))), gradients=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
