@@ -13,7 +13,7 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "deit": ("flatten_deit_tiny", {"embed_dim": 24, "depth": 2, "num_heads": 3}),
     "swin": (
         "flatten_swin_tiny",
-        {"embed_dim": 16, "depths": (1, 2, 2, 1), "num_heads": (1, 2, 4, 8)},
+        {"embed_dim": 16, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8)},
     ),
     "pvt": ("flatten_pvt_tiny", {"embed_dims": (16, 32, 40, 64), "depths": (1, 1, 1, 1)}),
     "pvt_v2": ("flatten_pvt_v2_b0", {"embed_dims": (16, 32, 40, 64), "depths": (1, 1, 1, 1)}),

@@ -81,7 +81,8 @@ def test_stages_divide_the_blocks_of_a_transformer() -> None:
 
 
 def test_swin_windows_may_stay() -> None:
-    model = timm.create_model("swin_tiny_patch4_window7_224", **SMALL["swin"][1])
+    config = {**SMALL["swin"][1], "depths": (1, 2, 1, 1)}
+    model = timm.create_model("swin_tiny_patch4_window7_224", **config)
     flatten_ext.convert(model, "SLSS", window_size=7)
     first, second = model.layers[1].blocks
     assert (first.window, first.shift) == ((7, 7), None)

@@ -7,7 +7,7 @@ import torch
 from families import SMALL, small
 from torch._dynamo.utils import counters
 
-SIZES = ((96, 160), (64, 96), (160, 128))
+SIZES = ((96, 160), (160, 128))
 
 
 @pytest.mark.parametrize("family", SMALL)
@@ -23,11 +23,10 @@ def test_compile(family: str) -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("family", SMALL)
-def test_compile_training(family: str) -> None:
+def test_compile_training() -> None:
     """Forward and backward through AOTAutograd, in one graph."""
     torch._dynamo.reset()
-    model = small(family)
+    model = small("swin", drop_path_rate=0.0)
     x = torch.randn(2, 3, 64, 64)
     gradients = []
     for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
