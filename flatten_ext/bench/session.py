@@ -86,7 +86,8 @@ def _run_stages(options: Options, console: Console) -> None:
             rates[count] = max(rates[count], timing.mm_rate(device))
     ladder = token_ladder(6, 8) if options.quick else token_ladder(6, 16, 2)
     with timing.threads(min(options.thread_counts)):
-        batches = alternatives.time_ladder(ladder, stages.AGAINST_TOKENS, device, options.pace / 2)
+        names, _ = alternatives.runnable(device, stages.AGAINST_TOKENS)
+        batches = alternatives.time_ladder(ladder, names, device, options.pace / 2)
         found += _collect("tokens", console, len(ladder), batches)
     results = Results(stages.record(found, rates, device, options.clock))
     made = [tables.stages_table(results, count, stages.LABELS) for count in options.thread_counts]
