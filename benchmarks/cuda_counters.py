@@ -150,7 +150,7 @@ def summarise(line: dict) -> dict:
     memory, shared = line["global"], line["shared"]
     blocks = line["grid"][0] * line["grid"][1] * line["grid"][2]
     return {
-        "kernel": line["kernel"].removeprefix("void ").split("(")[0],
+        "kernel": line["kernel"].removeprefix("void ").replace("(anonymous namespace)::", "").split("(")[0],
         "blocks": blocks,
         "threads": line["block"][0] * line["block"][1] * line["block"][2],
         "shared_bytes": line["dynamic_smem"] + line["static_smem"],
