@@ -158,7 +158,7 @@ def resize_positional_encoding(
 ) -> Tensor:
     """(1, P + h*w, C) of an (h, w) map -> (1, P + H*W, C) of an (H, W) map, bicubic; the prefix rows stay."""
     # An exported graph serves every size: it must not depend on whether the example's was the learned one.
-    if tuple(old) == tuple(new) and not torch.compiler.is_exporting():
+    if not torch.compiler.is_exporting() and tuple(old) == tuple(new):
         return encoding
     prefix, grid = encoding[:, :num_prefix_tokens], encoding[:, num_prefix_tokens:]
     image = grid.transpose(1, 2).unflatten(2, (old[0], old[1]))
