@@ -10,26 +10,49 @@
 
 namespace flatten::cpu::FLATTEN_ISA {
 
-/// S (dim x padded a head) and m (padded a head) of one window.
+/// S (dim x padded a head) and, right behind it, m (padded a head) of one window.
 template <class T>
 struct Sums {
   T* s;
   T* m;
 };
 
-/// Features of a block of tokens: phi = factor * features, and what their derivative needs.
+/// Features of a block of tokens, head-major: phi = norms.factor * z.
 template <class T>
 struct Features {
-  T* z;         // z^p, a block
-  T* bias_row;  // x + key_bias of the row at hand
-  RowNorms<T> norms[kBlock];
-  T factor[kBlock];
-
-  void lay_out(Arena& arena, const Channels& c) {
-    z = arena.take<T>(c.block());
-    bias_row = arena.take<T>(c.count());
-  }
+  T* z;
+  T* biased;  // rows of k + key_bias, where there is a key_bias
+  Norms<T> norms;
 };
+
+/// sum += the rows of one head of a block, weighted: four vectors at a time, to hide the latency of a sum.
+template <class T>
+void add_weighted_rows(const T* rows, const T* weight, int count, i64 padded, T* sum) {
+  const auto columns = [&](auto vectors, i64 d) {
+    constexpr int kV = decltype(vectors)::value;
+    Vec<T> acc[kV];
+    for (int v = 0; v < kV; ++v) acc[v] = load(sum + d + v * kLanes<T>);
+    for (int t = 0; t < count; ++t) {
+      const Vec<T> w = broadcast(weight[t]);
+      for (int v = 0; v < kV; ++v) acc[v] = fma(load(rows + t * padded + d + v * kLanes<T>), w, acc[v]);
+    }
+    for (int v = 0; v < kV; ++v) store(sum + d + v * kLanes<T>, acc[v]);
+  };
+  i64 d = 0;
+  for (; d + 4 * kLanes<T> <= padded; d += 4 * kLanes<T>) columns(Constant<4>{}, d);
+  for (; d + 2 * kLanes<T> <= padded; d += 2 * kLanes<T>) columns(Constant<2>{}, d);
+  if (d < padded) columns(Constant<1>{}, d);
+}
+
+/// dots[t] = rows[t] . m
+template <class T>
+void row_dots(const T* rows, const T* m, int count, i64 padded, T* dots) {
+  for (int t = 0; t < count; ++t, rows += padded) {
+    Vec<T> dot = load(rows) * load(m);
+    for (i64 d = kLanes<T>; d < padded; d += kLanes<T>) dot = fma(load(rows + d), load(m + d), dot);
+    dots[t] = sum(dot);
+  }
+}
 
 template <class X>
 class AttentionKernel {
@@ -43,14 +66,19 @@ class AttentionKernel {
         c_(Channels::make<T>(in.geometry)),
         keys_(Grid::make(in.geometry, in.geometry.window_keys(), static_cast<bool>(in.taps))),
         queries_(Grid::make(in.geometry, in.geometry.window_queries(), static_cast<bool>(in.taps))),
-        gemm_(Gemm<T>::select(c_.padded)),
-        focus_(Focus<X, T>::select(in.mapping)),
-        focus_biased_(Focus<T, T>::select(in.mapping)),
+        gemm_(Gemm<T>::select(c_.dim, c_.padded)),
+        focus_(Focus<X, X, T>::select(in.mapping)),
+        focus_biased_(Focus<T, X, T>::select(in.mapping)),
         eps_(static_cast<T>(in.eps)) {}
 
   i64 pairs() const { return geometry_.batch * geometry_.windows(); }
   i64 image(i64 pair) const { return pair / geometry_.windows(); }
   i64 window(i64 pair) const { return pair % geometry_.windows(); }
+  /// The first tokens of a pair, none behind the last.
+  void first_block(const Grid& grid, i64 pair, Block& block) const {
+    block.count = 0;
+    if (pair < pairs()) grid.fill(block, image(pair), window(pair), 0, smaller(kBlock, grid.tokens()));
+  }
   i64 sums_elements() const { return c_.matrices() + c_.padded_count(); }
   Sums<T> sums_at(T* memory) const { return {memory, memory + c_.matrices()}; }
 
@@ -65,78 +93,69 @@ class AttentionKernel {
     return FocusParameters<T>::make(in_.mapping, in_.eps, inverse_scale);
   }
 
+  Features<T> take_features(Arena& arena) const {
+    Features<T> features;
+    features.z = arena.take<T>(c_.block());
+    features.biased = in_.mapping.key_bias ? arena.take<T>(kBlock * c_.count()) : nullptr;
+    return features;
+  }
+
   void map_queries(const Block& block, const FocusParameters<T>& f, Features<T>& to) const {
-    for (int t = 0; t < block.count; ++t) {
-      const X* x = token_row<X>(in_.query, block.image, block.token[t]);
-      to.norms[t] = focus_.forward(x, to.z + t * c_.padded, c_.head_stride(), c_, f);
-      to.factor[t] = to.norms[t].factor;
-    }
+    focus_.forward(rows_of<X>(in_.query, block).at, block.count, to.z, c_, f, to.norms);
   }
 
   void map_keys(const Block& block, const FocusParameters<T>& f, Features<T>& to) const {
+    const Rows<const X> keys = rows_of<X>(in_.key, block);
+    if (!in_.mapping.key_bias) return focus_.forward(keys.at, block.count, to.z, c_, f, to.norms);
+    const T* biased[kBlock];
     for (int t = 0; t < block.count; ++t) {
-      const X* x = token_row<X>(in_.key, block.image, block.token[t]);
-      T* z = to.z + t * c_.padded;
-      if (in_.mapping.key_bias) {
-        add_bias_row(x, in_.mapping.key_bias, block.position[t], c_, to.bias_row);
-        to.norms[t] = focus_biased_.forward(to.bias_row, z, c_.head_stride(), c_, f);
-      } else {
-        to.norms[t] = focus_.forward(x, z, c_.head_stride(), c_, f);
-      }
-      to.factor[t] = to.norms[t].factor;
+      biased[t] = to.biased + t * c_.count();
+      add_bias_row(keys[t], in_.mapping.key_bias, block.position[t], c_.count(), to.biased + t * c_.count());
     }
-  }
-
-  void pack(const Tokens& source, const Block& block, const T* factor, T* to) const {
-    for (int t = 0; t < block.count; ++t) {
-      pack_row(token_row<X>(source, block.image, block.token[t]), to + t * c_.padded, c_.head_stride(), c_,
-               factor[t]);
-    }
+    focus_biased_.forward(biased, block.count, to.z, c_, f, to.norms);
   }
 
   /// Adds positions [begin, end) of a window to S = sum of K^T V / M and m = sum of K / M. The factors of the
-  /// keys ride on the values: K^T V = (z^p)^T (factor V).
+  /// keys ride on the values: K^T V = z^T (factor V). `values` holds one head of a block.
   void sum_keys(i64 pair, i64 begin, i64 end, const FocusParameters<T>& f, Features<T>& features, T* values,
                 const Sums<T>& sums) const {
-    Block block;
-    for (i64 at = begin; at < end; at += kBlock) {
-      keys_.fill(block, image(pair), window(pair), at, smaller(kBlock, end - at));
+    const T mean = 1 / static_cast<T>(geometry_.window_keys());
+    Block block, next;
+    Upcoming upcoming;
+    keys_.fill(block, image(pair), window(pair), begin, smaller(kBlock, end - begin));
+    for (i64 at = begin; at < end; at += kBlock, block = next) {
       map_keys(block, f, features);
-      T weight[kBlock];
-      for (int t = 0; t < block.count; ++t) {
-        weight[t] = features.factor[t] / static_cast<T>(geometry_.window_keys());
+      const Rows<const X> rows = rows_of<X>(in_.value, block);
+      upcoming.plan(c_.heads * tiles_of<T>(c_.dim, c_.padded));
+      if (at + kBlock < end) {
+        keys_.fill(next, image(pair), window(pair), at + kBlock, smaller(kBlock, end - at - kBlock));
+        upcoming.add(rows_of<X>(in_.key, next), next.count, c_.count());
+        upcoming.add(rows_of<X>(in_.value, next), next.count, c_.count());
+      } else {
+        first_block(queries_, pair, next);
+        upcoming.add(rows_of<X>(in_.query, next), next.count, c_.count());
       }
-      pack(in_.value, block, weight, values);
+      T weight[kBlock];
+      for (int t = 0; t < block.count; ++t) weight[t] = features.norms.factor[t] * mean;
       for (i64 h = 0; h < c_.heads; ++h) {
         const T* z = features.z + h * c_.head_stride();
-        gemm_.outer_product(block.count, c_.dim, c_.padded, z, values + h * c_.head_stride(),
-                            sums.s + h * c_.matrix());
-        add_weighted_rows(z, weight, block.count, sums.m + h * c_.padded);
+        pack_head(rows, block.count, h, c_, weight, values);
+        gemm_.outer_product(block.count, c_.dim, c_.padded, z, values, sums.s + h * c_.matrix(), upcoming);
+        add_weighted_rows(z, weight, block.count, c_.padded, sums.m + h * c_.padded);
       }
-    }
-  }
-
-  /// sum += the rows of one head of a block, weighted.
-  void add_weighted_rows(const T* rows, const T* weight, int count, T* sum) const {
-    for (i64 d = 0; d < c_.padded; d += kLanes<T>) {
-      Vec<T> acc = load(sum + d);
-      for (int t = 0; t < count; ++t) acc = fma(load(rows + t * c_.padded + d), broadcast(weight[t]), acc);
-      store(sum + d, acc);
     }
   }
 
   // The state keeps S and m without padding: (pairs, heads, dim, dim), then m, pair by pair.
   void save_state(i64 pair, const Sums<T>& sums, void* state) const {
     T* to = static_cast<T*>(state) + pair * (c_.dim + 1) * c_.count();
-    const Channels rows{c_.heads * c_.dim, c_.dim, c_.padded};
-    unpack_row(sums.s, to, c_.padded, rows);
-    unpack_row(sums.m, to + c_.count() * c_.dim, c_.padded, c_);
+    const i64 rows = c_.heads * (c_.dim + 1);
+    for (i64 i = 0; i < rows; ++i) unpack(sums.s + i * c_.padded, to + i * c_.dim, c_.dim);
   }
   void load_state(i64 pair, const void* state, const Sums<T>& sums) const {
     const T* from = static_cast<const T*>(state) + pair * (c_.dim + 1) * c_.count();
-    const Channels rows{c_.heads * c_.dim, c_.dim, c_.padded};
-    pack_row(from, sums.s, c_.padded, rows, T(1));
-    pack_row(from + c_.count() * c_.dim, sums.m, c_.padded, c_, T(1));
+    const i64 rows = c_.heads * (c_.dim + 1);
+    for (i64 i = 0; i < rows; ++i) pack(from + i * c_.dim, sums.s + i * c_.padded, c_.dim, T(1));
   }
 
   const AttentionInputs& in_;
@@ -144,8 +163,8 @@ class AttentionKernel {
   Channels c_;
   Grid keys_, queries_;
   Gemm<T> gemm_;
-  Focus<X, T> focus_;
-  Focus<T, T> focus_biased_;
+  Focus<X, X, T> focus_;
+  Focus<T, X, T> focus_biased_;
   T eps_;
 };
 

@@ -81,14 +81,16 @@ class BackwardKernel : AttentionKernel<X> {
 
   struct Scratch {
     FocusParameters<T> focus;
-    T* inverse_scale;
     Features<T> features;
-    T* blocks[3];
+    T* inverse_scale;
+    T* gradient;     // of a block of features, times their factors
+    T *packed, *dv;  // one head of a block
     Sums<T> sums, gradients;
     T* transposed;  // S^T in the query pass, dS^T in the key pass
-    T *weights, *ring;
-    TapsRing<X, T> taps;
-    T *scale_sum, *weight_sum, *bias_sum, *key_bias_sum;  // this slot's part of Shared
+    T *weights, *zero_bias;
+    TapsRing<X, T> ring;
+    T *scale_sum, *weight_sum, *bias_sum,
+        *key_bias_sum;  // this slot's part of Shared, null where not asked for
   };
 
   i64 weight_elements() const { return p_.grad_weight ? shape_.weight_elements() : 0; }
@@ -105,15 +107,17 @@ class BackwardKernel : AttentionKernel<X> {
 
   void lay_out(Arena& arena, Scratch& s) const {
     s.inverse_scale = arena.take<T>(c_.padded_count());
-    s.features.lay_out(arena, c_);
-    for (T*& block : s.blocks) block = arena.take<T>(c_.block());
+    s.features = Base::take_features(arena);
+    s.gradient = arena.take<T>(c_.block());
+    s.packed = arena.take<T>(c_.head_stride());
+    s.dv = arena.take<T>(c_.head_stride());
     s.sums = Base::sums_at(arena.take<T>(Base::sums_elements()));
     s.gradients = Base::sums_at(arena.take<T>(Base::sums_elements()));
     s.transposed = arena.take<T>(c_.matrices());
-    if (needs_ring_) {
-      s.weights = arena.take<T>(shape_.weight_elements());
-      s.ring = arena.take<T>(shape_.ring_elements());
-    }
+    if (!needs_ring_) return;
+    s.weights = arena.take<T>(shape_.weight_elements());
+    s.zero_bias = arena.take<T>(c_.padded);
+    s.ring = TapsRing<X, T>(shape_, arena);
   }
 
   Scratch make_scratch(const Shared& shared, int slot) const {
@@ -125,12 +129,14 @@ class BackwardKernel : AttentionKernel<X> {
     s.focus = Base::focus_parameters(s.inverse_scale);
     if (needs_ring_) {
       fill_weights(in_.taps, shape_, true, s.weights);
-      s.taps = TapsRing<X, T>(shape_, s.ring);
+      set_zero(s.zero_bias, c_.padded);
+      s.ring.clear();
     }
-    s.scale_sum = shared.scale + slot * c_.padded_count();
+    const i64 bias_slot = shared.bias_slots == 1 ? 0 : slot;
+    s.scale_sum = p_.grad_scale ? shared.scale + slot * c_.padded_count() : nullptr;
     s.bias_sum = shared.bias + slot * c_.padded_count();
     s.weight_sum = shared.weight + slot * weight_elements();
-    s.key_bias_sum = shared.key_bias + (shared.bias_slots == 1 ? 0 : slot) * shared.bias_elements;
+    s.key_bias_sum = p_.grad_key_bias ? shared.key_bias + bias_slot * shared.bias_elements : nullptr;
     return s;
   }
 
@@ -146,7 +152,7 @@ class BackwardKernel : AttentionKernel<X> {
     if (p_.state) return Base::load_state(pair, p_.state, scratch.sums);
     clear(scratch.sums);
     Features<T> features = scratch.features;
-    Base::sum_keys(pair, 0, keys_.tokens(), scratch.focus, features, scratch.blocks[0], scratch.sums);
+    Base::sum_keys(pair, 0, keys_.tokens(), scratch.focus, features, scratch.packed, scratch.sums);
   }
 
   /// A pair whose tokens all slots share.
@@ -158,7 +164,7 @@ class BackwardKernel : AttentionKernel<X> {
       const Sums<T> sums = Base::sums_at(shared.partial_sums + slot * stride);
       clear(sums);
       Base::sum_keys(pair, schedule.begin(keys_.tokens(), slot), schedule.begin(keys_.tokens(), slot + 1),
-                     scratch.focus, scratch.features, scratch.blocks[0], sums);
+                     scratch.focus, scratch.features, scratch.packed, sums);
     };
     auto queries = [&](int slot) {
       Scratch scratch = make_scratch(shared, slot);
@@ -205,140 +211,177 @@ class BackwardKernel : AttentionKernel<X> {
   }
 
   /// dq of positions [begin, end) of a window, and their part of dS, dm (without the 1 / M) and dscale.
-  void query_pass(i64 pair, i64 begin, i64 end, const Scratch& scratch, const Sums<T>& gradients) const {
-    T *g = scratch.blocks[0], *w = scratch.blocks[1];
-    Features<T> features = scratch.features;
-    const i64 image = Base::image(pair);
-    T ones[kBlock];
+  void query_pass(i64 pair, i64 begin, i64 end, Scratch& scratch, const Sums<T>& gradients) const {
+    T *g = scratch.packed, *w = scratch.gradient;
+    Features<T>& features = scratch.features;
+    T ones[kBlock], rest[kBlock];
     for (T& one : ones) one = 1;
-    Block block;
-    for (i64 at = begin; at < end; at += kBlock) {
-      queries_.fill(block, image, Base::window(pair), at, smaller(kBlock, end - at));
+    Block block, next;
+    Upcoming upcoming;
+    queries_.fill(block, Base::image(pair), Base::window(pair), begin, smaller(kBlock, end - begin));
+    for (i64 at = begin; at < end; at += kBlock, block = next) {
+      upcoming.plan(2 * c_.heads * tiles_of<T>(block.count, c_.padded));
+      if (at + kBlock < end) {
+        queries_.fill(next, block.image, Base::window(pair), at + kBlock, smaller(kBlock, end - at - kBlock));
+        expect_queries(next, upcoming);
+      } else {
+        Base::first_block(keys_, pair, next);
+        expect_keys(next, upcoming);
+      }
       Base::map_queries(block, scratch.focus, features);
-      Base::pack(p_.grad_out, block, ones, g);
+      for (int t = 0; t < block.count; ++t) rest[t] = eps_ / features.norms.factor[t];
+      const Rows<const X> grad_out = rows_of<X>(p_.grad_out, block);
       T dot[kBlock] = {};
       for (i64 h = 0; h < c_.heads; ++h) {
-        const i64 at_head = h * c_.head_stride();
-        gemm_.product(block.count, c_.dim, c_.padded, g + at_head, scratch.transposed + h * c_.matrix(), ones,
-                      w + at_head);
-        query_head(block.count, features, features.z + at_head, scratch.sums.m + h * c_.padded, g + at_head,
-                   w + at_head, dot, gradients.m + h * c_.padded);
+        const T* z = features.z + h * c_.head_stride();
+        T* wh = w + h * c_.head_stride();
+        pack_head(grad_out, block.count, h, c_, ones, g);
+        gemm_.product(block.count, c_.dim, c_.padded, g, scratch.transposed + h * c_.matrix(), ones, wh,
+                      upcoming);
+        query_head(block.count, rest, z, scratch.sums.m + h * c_.padded, g, wh, dot,
+                   gradients.m + h * c_.padded);
         if (needs_sums_) {
-          gemm_.outer_product(block.count, c_.dim, c_.padded, features.z + at_head, g + at_head,
-                              gradients.s + h * c_.matrix());
+          gemm_.outer_product(block.count, c_.dim, c_.padded, z, g, gradients.s + h * c_.matrix(), upcoming);
         }
       }
       if (!needs_query_rows_) continue;
+      const Rows<const X> x = rows_of<X>(in_.query, block);
+      const Rows<X> dx = rows_of<X>(p_.grad_query, block);
       for (int t = 0; t < block.count; ++t) {
-        T* r = w + t * c_.padded;
-        focus_.backward(token_row<X>(in_.query, image, block.token[t]), r, c_.head_stride(), c_,
-                        scratch.focus, features.norms[t], dot[t],
-                        p_.grad_scale ? scratch.scale_sum : nullptr);
-        if (p_.grad_query.data) {
-          unpack_row(r, token_row<X>(p_.grad_query, image, block.token[t]), c_.head_stride(), c_);
-        }
+        const RowGradient<X, T> to{p_.grad_query.data ? dx[t] : nullptr, nullptr, scratch.scale_sum};
+        focus_.backward(x[t], t, w, c_, scratch.focus, features.norms, dot[t], to);
       }
     }
   }
 
+  void expect_queries(const Block& block, Upcoming& upcoming) const {
+    upcoming.add(rows_of<X>(in_.query, block), block.count, c_.count());
+    upcoming.add(rows_of<X>(p_.grad_out, block), block.count, c_.count());
+    if (p_.grad_query.data) upcoming.add(rows_of<X>(p_.grad_query, block), block.count, c_.count());
+  }
+  void expect_keys(const Block& block, Upcoming& upcoming) const {
+    upcoming.add(rows_of<X>(in_.key, block), block.count, c_.count());
+    upcoming.add(rows_of<X>(in_.value, block), block.count, c_.count());
+    if (needs_ring_) upcoming.add(rows_of<X>(p_.grad_out, block), block.count, c_.count());
+    if (p_.grad_value.data) upcoming.add(rows_of<X>(p_.grad_value, block), block.count, c_.count());
+    if (p_.grad_key.data) upcoming.add(rows_of<X>(p_.grad_key, block), block.count, c_.count());
+  }
+
   /// One head of a block of queries: g becomes a g, w becomes factor dQ, dm takes its part. The row's sum of
-  /// z^p (a W - b m) is b eps / factor, which needs no difference of large numbers.
-  void query_head(int count, const Features<T>& features, const T* z, const T* m, T* g, T* w, T* dot,
-                  T* dm) const {
-    T minus_b[kBlock];
+  /// z (a W - b m) is b eps / factor, which needs no difference of large numbers.
+  void query_head(int count, const T* rest, const T* z, const T* m, T* g, T* w, T* dot, T* dm) const {
+    const i64 padded = c_.padded;
+    T a[kBlock], b[kBlock];
+    row_dots(z, m, count, padded, a);
     for (int t = 0; t < count; ++t) {
-      const i64 row = t * c_.padded;
-      Vec<T> zm = {}, zw = {};
-      for (i64 d = 0; d < c_.padded; d += kLanes<T>) {
-        const Vec<T> zd = load(z + row + d);
-        zm = fma(zd, load(m + d), zm);
-        zw = fma(zd, load(w + row + d), zw);
-      }
-      const T rest = eps_ / features.factor[t];
-      const T a = 1 / (sum(zm) + rest), b = sum(zw) * a * a;
-      minus_b[t] = -b;
-      dot[t] += b * rest;
-      for (i64 d = 0; d < c_.padded; d += kLanes<T>) {
-        store(w + row + d, load(w + row + d) * a - load(m + d) * b);
-        store(g + row + d, load(g + row + d) * a);
+      Vec<T> zw = {};
+      for (i64 d = t * padded; d < (t + 1) * padded; d += kLanes<T>) zw = fma(load(z + d), load(w + d), zw);
+      b[t] = sum(zw);
+    }
+    for (int t = 0; t < count; ++t) {
+      a[t] = 1 / (a[t] + rest[t]);
+      b[t] = -b[t] * a[t] * a[t];
+      dot[t] -= b[t] * rest[t];
+    }
+    for (int t = 0; t < count; ++t, w += padded, g += padded) {
+      const Vec<T> at = broadcast(a[t]), bt = broadcast(b[t]);
+      for (i64 d = 0; d < padded; d += kLanes<T>) {
+        store(w + d, fma(load(w + d), at, load(m + d) * bt));
+        store(g + d, load(g + d) * at);
       }
     }
-    Base::add_weighted_rows(z, minus_b, count, dm);
+    add_weighted_rows(z, b, count, padded, dm);
   }
 
   /// dk, dv and their part of dscale, dkey_bias, dweight, dbias of tiles [begin, end) of a window.
   void key_pass(i64 pair, i64 begin, i64 end, Scratch& scratch) const {
-    T *v = scratch.blocks[0], *r = scratch.blocks[1], *dv = scratch.blocks[2];
-    Features<T>& features = scratch.features;
     const i64 image = Base::image(pair), window = Base::window(pair);
+    Features<T>& features = scratch.features;
     T ones[kBlock];
     for (T& one : ones) one = 1;
-    Block block;
-    scratch.taps.forget();
-    for (i64 index = begin; index < end; ++index) {
+    Block block, next;
+    Upcoming upcoming;
+    scratch.ring.forget();
+    if (begin < end) fill_tile(keys_, block, image, window, tile_at(keys_, tiling_, begin));
+    for (i64 index = begin; index < end; ++index, block = next) {
       const Tile tile = tile_at(keys_, tiling_, index);
-      fill_tile(keys_, block, image, window, tile);
+      upcoming.plan(2 * c_.heads * tiles_of<T>(block.count, c_.padded));
+      if (index + 1 < end) {
+        fill_tile(keys_, next, image, window, tile_at(keys_, tiling_, index + 1));
+        expect_keys(next, upcoming);
+      } else {
+        Base::first_block(queries_, pair + 1, next);
+        expect_queries(next, upcoming);
+      }
       if (needs_sums_) Base::map_keys(block, scratch.focus, features);
-      if (needs_key_rows_ || p_.grad_weight) Base::pack(in_.value, block, ones, v);
-      if (needs_key_rows_) key_rows(block, v, r, scratch);
-      if (p_.grad_value.data) {
-        for (i64 h = 0; h < c_.heads; ++h) {
+      const bool has_taps = needs_ring_ && !tile.is_prefix;
+      if (has_taps) scratch.ring.begin_tile(p_.grad_out, keys_, image, window, tile);
+      const Rows<const X> values = rows_of<X>(in_.value, block);
+      const Rows<X> grad_value = rows_of<X>(p_.grad_value, block);
+      T dot[kBlock] = {};
+      for (i64 h = 0; h < c_.heads; ++h) {
+        if (needs_key_rows_ || p_.grad_weight) pack_head(values, block.count, h, c_, ones, scratch.packed);
+        if (needs_key_rows_) key_head(h, block.count, scratch, dot, upcoming);
+        if (p_.grad_value.data) {
           gemm_.product(block.count, c_.dim, c_.padded, features.z + h * c_.head_stride(),
-                        scratch.gradients.s + h * c_.matrix(), features.factor, dv + h * c_.head_stride());
+                        scratch.gradients.s + h * c_.matrix(), features.norms.factor, scratch.dv, upcoming);
+        }
+        if (has_taps) {
+          taps_head(h, tile, scratch, grad_value, upcoming);
+        } else if (p_.grad_value.data) {
+          unpack_head(scratch.dv, block.count, h, c_, grad_value);
         }
       }
-      if (needs_ring_ && !tile.is_prefix) {
-        scratch.taps.advance(p_.grad_out, keys_, image, window, tile);
-        if (p_.grad_value.data) taps_.convolve(scratch.taps, scratch.weights, keys_.rows, tile, dv);
-        if (p_.grad_weight) taps_.correlate(scratch.taps, v, keys_.rows, tile, scratch.weight_sum);
-        if (p_.grad_bias) sum_tile(scratch.taps, tile, scratch.bias_sum);
-      }
-      if (!p_.grad_value.data) continue;
-      for (int t = 0; t < block.count; ++t) {
-        unpack_row(dv + t * c_.padded, token_row<X>(p_.grad_value, image, block.token[t]), c_.head_stride(),
-                   c_);
-      }
+      if (needs_key_rows_) key_rows(block, scratch, dot);
     }
   }
 
-  /// dk of a block, in place of factor dK in r.
-  void key_rows(const Block& block, const T* v, T* r, const Scratch& scratch) const {
-    const Features<T>& features = scratch.features;
-    T dot[kBlock] = {};
-    for (i64 h = 0; h < c_.heads; ++h) {
-      const T* dm = scratch.gradients.m + h * c_.padded;
-      const T* z = features.z + h * c_.head_stride();
-      T* rh = r + h * c_.head_stride();
-      gemm_.product(block.count, c_.dim, c_.padded, v + h * c_.head_stride(),
-                    scratch.transposed + h * c_.matrix(), features.factor, rh);
-      for (int t = 0; t < block.count; ++t) {
-        const i64 row = t * c_.padded;
-        Vec<T> zr = {};
-        for (i64 d = 0; d < c_.padded; d += kLanes<T>) {
-          const Vec<T> rd = fma(load(dm + d), broadcast(features.factor[t]), load(rh + row + d));
-          zr = fma(load(z + row + d), rd, zr);
-          store(rh + row + d, rd);
-        }
-        dot[t] += sum(zr);
-      }
+  void taps_head(i64 h, const Tile& tile, Scratch& scratch, const Rows<X>& grad_value,
+                 Upcoming& upcoming) const {
+    scratch.ring.stage_head(h);
+    const i64 weights = shape_.weight_vector(h, 0);
+    if (p_.grad_value.data) {
+      const TapsOutput<X, T> to{scratch.dv, scratch.zero_bias, grad_value.at, h * c_.dim};
+      taps_.convolve(scratch.ring, scratch.weights + weights, tile, to, upcoming);
     }
-    T* scale_sum = p_.grad_scale ? scratch.scale_sum : nullptr;
+    if (p_.grad_weight) taps_.correlate(scratch.ring, scratch.packed, tile, scratch.weight_sum + weights);
+    if (p_.grad_bias) sum_head(scratch.ring, tile, scratch.bias_sum + h * c_.padded);
+  }
+
+  /// factor dK of one head of a block, and its part of every row's dot product with z.
+  void key_head(i64 h, int count, const Scratch& scratch, T* dot, Upcoming& upcoming) const {
+    const i64 padded = c_.padded;
+    const T* factor = scratch.features.norms.factor;
+    const T* dm = scratch.gradients.m + h * padded;
+    const T* z = scratch.features.z + h * c_.head_stride();
+    T* r = scratch.gradient + h * c_.head_stride();
+    gemm_.product(count, c_.dim, padded, scratch.packed, scratch.transposed + h * c_.matrix(), factor, r,
+                  upcoming);
+    for (int t = 0; t < count; ++t, r += padded, z += padded) {
+      const Vec<T> f = broadcast(factor[t]);
+      Vec<T> zr = {};
+      for (i64 d = 0; d < padded; d += kLanes<T>) {
+        const Vec<T> rd = fma(load(dm + d), f, load(r + d));
+        zr = fma(load(z + d), rd, zr);
+        store(r + d, rd);
+      }
+      dot[t] += sum(zr);
+    }
+  }
+
+  /// dk of a block from factor dK.
+  void key_rows(const Block& block, const Scratch& scratch, const T* dot) const {
+    const Features<T>& features = scratch.features;
+    const Rows<const X> keys = rows_of<X>(in_.key, block);
+    const Rows<X> dx = rows_of<X>(p_.grad_key, block);
     for (int t = 0; t < block.count; ++t) {
-      const X* x = token_row<X>(in_.key, block.image, block.token[t]);
-      T* row = r + t * c_.padded;
+      RowGradient<X, T> to{p_.grad_key.data ? dx[t] : nullptr, nullptr, scratch.scale_sum};
+      if (scratch.key_bias_sum) to.bias_sum = scratch.key_bias_sum + block.position[t] * c_.padded_count();
       if (in_.mapping.key_bias) {
-        add_bias_row(x, in_.mapping.key_bias, block.position[t], c_, features.bias_row);
-        focus_biased_.backward(features.bias_row, row, c_.head_stride(), c_, scratch.focus, features.norms[t],
-                               dot[t], scale_sum);
+        focus_biased_.backward(features.biased + t * c_.count(), t, scratch.gradient, c_, scratch.focus,
+                               features.norms, dot[t], to);
       } else {
-        focus_.backward(x, row, c_.head_stride(), c_, scratch.focus, features.norms[t], dot[t], scale_sum);
-      }
-      if (p_.grad_key.data) {
-        unpack_row(row, token_row<X>(p_.grad_key, block.image, block.token[t]), c_.head_stride(), c_);
-      }
-      if (p_.grad_key_bias) {
-        T* sum = scratch.key_bias_sum + block.position[t] * c_.padded_count();
-        for (i64 h = 0; h < c_.heads; ++h) add_to(sum + h * c_.padded, row + h * c_.head_stride(), c_.padded);
+        focus_.backward(keys[t], t, scratch.gradient, c_, scratch.focus, features.norms, dot[t], to);
       }
     }
   }

@@ -22,13 +22,9 @@ class ConvKernel {
         taps_(TapsKernels<X, T>::select(in.taps.kernel_w)) {}
 
   void forward(const ConvForward& p, const Parallel& parallel) const {
-    for_each_tile(parallel, schedule(parallel), false, [&](Work& work) {
-      start_with(in_.taps.bias && !work.tile.is_prefix ? work.bias : nullptr, work.block.count, work.out);
-      if (!work.tile.is_prefix) {
-        work.ring.advance(p.x, grid_, work.block.image, work.window, work.tile);
-        taps_.convolve(work.ring, work.weights, grid_.rows, work.tile, work.out);
-      }
-      unpack(work, p.out);
+    for_each_tile(parallel, schedule(parallel), false, p.x, [&](Work& work) {
+      const Rows<X> out = rows_of<X>(p.out, work.block);
+      for (i64 h = 0; h < c_.heads; ++h) convolve(work, h, out);
     });
   }
 
@@ -43,23 +39,27 @@ class ConvKernel {
     T* bias_sums = arena.take<T>(plan.slots * c_.padded_count());
     set_zero(weight_sums, plan.slots * weights);
     set_zero(bias_sums, plan.slots * c_.padded_count());
-    for_each_tile(parallel, plan, true, [&](Work& work) {
-      if (!work.tile.is_prefix)
-        work.ring.advance(p.grad_out, grid_, work.block.image, work.window, work.tile);
-      if (p.grad_x.data) {
-        start_with(nullptr, work.block.count, work.out);
-        if (!work.tile.is_prefix) taps_.convolve(work.ring, work.weights, grid_.rows, work.tile, work.out);
-        unpack(work, p.grad_x);
-      }
-      if (work.tile.is_prefix) return;
-      if (p.grad_weight) {
-        for (int t = 0; t < work.block.count; ++t) {
-          pack_row(token_row<X>(p.x, work.block.image, work.block.token[t]), work.out + t * c_.padded,
-                   c_.head_stride(), c_, T(1));
+    T ones[kBlock];
+    for (T& one : ones) one = 1;
+    for_each_tile(parallel, plan, true, p.grad_out, [&](Work& work) {
+      const Rows<const X> x = rows_of<X>(p.x, work.block);
+      const Rows<X> grad_x = rows_of<X>(p.grad_x, work.block);
+      for (i64 h = 0; h < c_.heads; ++h) {
+        if (work.tile.is_prefix && !p.grad_x.data) continue;
+        if (p.grad_x.data) {
+          convolve(work, h, grad_x);
+        } else {
+          work.ring.stage_head(h);
         }
-        taps_.correlate(work.ring, work.out, grid_.rows, work.tile, weight_sums + work.slot * weights);
+        if (work.tile.is_prefix) continue;
+        if (p.grad_weight) {
+          pack_head(x, work.block.count, h, c_, ones, work.packed);
+          T* sum = weight_sums + work.slot * weights + shape_.weight_vector(h, 0);
+          taps_.correlate(work.ring, work.packed, work.tile, sum);
+        }
+        if (p.grad_bias)
+          sum_head(work.ring, work.tile, bias_sums + work.slot * c_.padded_count() + h * c_.padded);
       }
-      if (p.grad_bias) sum_tile(work.ring, work.tile, bias_sums + work.slot * c_.padded_count());
     });
     write_taps_gradients(shape_, weight_sums, bias_sums, plan.slots, p.grad_weight, p.grad_bias);
   }
@@ -68,11 +68,12 @@ class ConvKernel {
   /// A slot's scratch and the tile it is at.
   struct Work {
     int slot;
-    i64 window;
     Tile tile;
     Block block;
     TapsRing<X, T> ring;
-    T *weights, *bias, *rows, *out;
+    Upcoming upcoming;
+    T *weights, *bias;
+    T *zeros, *packed;  // one head of a block
   };
 
   Schedule schedule(const Parallel& parallel) const {
@@ -84,13 +85,16 @@ class ConvKernel {
   void lay_out(Arena& arena, Work& work) const {
     work.weights = arena.take<T>(shape_.weight_elements());
     work.bias = arena.take<T>(c_.padded_count());
-    work.rows = arena.take<T>(shape_.ring_elements());
-    work.out = arena.take<T>(c_.block());
+    work.zeros = arena.take<T>(c_.head_stride());
+    work.packed = arena.take<T>(c_.head_stride());
+    work.ring = TapsRing<X, T>(shape_, arena);
   }
 
-  /// body(work) for every tile of every window. All pairs' tiles form one list, which the slots share evenly.
+  /// body(work) for every tile of every window, with `source` in the ring. All pairs' tiles form one list,
+  /// which the slots share evenly.
   template <class Body>
-  void for_each_tile(const Parallel& parallel, const Schedule& plan, bool flipped, const Body& body) const {
+  void for_each_tile(const Parallel& parallel, const Schedule& plan, bool transposed, const Tokens& source,
+                     const Body& body) const {
     const i64 tiles = tiling_.count(), windows = in_.geometry.windows();
     auto slot_tiles = [&](int slot) {
       Work work;
@@ -99,36 +103,29 @@ class ConvKernel {
       lay_out(measure, work);
       Arena arena(thread_workspace(measure.used()));
       lay_out(arena, work);
-      fill_weights(in_.taps, shape_, flipped, work.weights);
-      fill_tap_bias(in_.taps, c_, work.bias);
-      work.ring = TapsRing<X, T>(shape_, work.rows);
+      fill_weights(in_.taps, shape_, transposed, work.weights);
+      fill_tap_bias(transposed ? Taps{} : in_.taps, c_, work.bias);
+      set_zero(work.zeros, c_.head_stride());
+      work.ring.clear();
       const i64 end = plan.begin(plan.pairs * tiles, slot + 1);
       for (i64 at = plan.begin(plan.pairs * tiles, slot); at < end; ++at) {
-        const i64 pair = at / tiles;
+        const i64 image = at / tiles / windows, window = at / tiles % windows;
         if (at % tiles == 0) work.ring.forget();
-        work.window = pair % windows;
         work.tile = tile_at(grid_, tiling_, at % tiles);
-        fill_tile(grid_, work.block, pair / windows, work.window, work.tile);
+        fill_tile(grid_, work.block, image, window, work.tile);
+        if (!work.tile.is_prefix) work.ring.begin_tile(source, grid_, image, window, work.tile);
         body(work);
       }
     };
     for_each_slot(parallel, plan.slots, slot_tiles);
   }
 
-  /// A block of the bias (or zeros) in every token.
-  void start_with(const T* bias, int count, T* out) const {
-    for (i64 h = 0; h < c_.heads; ++h) {
-      T* to = out + h * c_.head_stride();
-      set_zero(to, count * c_.padded);
-      for (int t = 0; bias && t < count; ++t) add_to(to + t * c_.padded, bias + h * c_.padded, c_.padded);
-    }
-  }
-
-  void unpack(const Work& work, const MutableTokens& to) const {
-    for (int t = 0; t < work.block.count; ++t) {
-      unpack_row(work.out + t * c_.padded, token_row<X>(to, work.block.image, work.block.token[t]),
-                 c_.head_stride(), c_);
-    }
+  /// One head of the tile's taps; prefix tokens have none.
+  void convolve(Work& work, i64 h, const Rows<X>& out) const {
+    if (work.tile.is_prefix) return unpack_head(work.zeros, work.block.count, h, c_, out);
+    work.ring.stage_head(h);
+    const TapsOutput<X, T> to{work.zeros, work.bias + h * c_.padded, out.at, h * c_.dim};
+    taps_.convolve(work.ring, work.weights + shape_.weight_vector(h, 0), work.tile, to, work.upcoming);
   }
 
   const ConvInputs& in_;

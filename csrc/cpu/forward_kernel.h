@@ -66,22 +66,23 @@ class ForwardKernel : AttentionKernel<X> {
  private:
   struct Scratch {
     FocusParameters<T> focus;
-    T *inverse_scale, *values, *weights, *bias, *ring;
     Features<T> features;
+    T *inverse_scale, *values, *attended;  // the last two: one head of a block
     Sums<T> sums;
-    TapsRing<X, T> taps;
+    T *weights, *bias;
+    TapsRing<X, T> ring;
   };
 
   void lay_out(Arena& arena, Scratch& s) const {
     s.inverse_scale = arena.take<T>(c_.padded_count());
-    s.features.lay_out(arena, c_);
-    s.values = arena.take<T>(c_.block());
+    s.features = Base::take_features(arena);
+    s.values = arena.take<T>(c_.head_stride());
+    s.attended = arena.take<T>(c_.head_stride());
     s.sums = Base::sums_at(arena.take<T>(Base::sums_elements()));
-    if (in_.taps) {
-      s.weights = arena.take<T>(shape_.weight_elements());
-      s.bias = arena.take<T>(c_.padded_count());
-      s.ring = arena.take<T>(shape_.ring_elements());
-    }
+    if (!in_.taps) return;
+    s.weights = arena.take<T>(shape_.weight_elements());
+    s.bias = arena.take<T>(c_.padded_count());
+    s.ring = TapsRing<X, T>(shape_, arena);
   }
 
   Scratch make_scratch() const {
@@ -94,7 +95,7 @@ class ForwardKernel : AttentionKernel<X> {
     if (in_.taps) {
       fill_weights(in_.taps, shape_, false, s.weights);
       fill_tap_bias(in_.taps, c_, s.bias);
-      s.taps = TapsRing<X, T>(shape_, s.ring);
+      s.ring.clear();
     }
     return s;
   }
@@ -104,45 +105,49 @@ class ForwardKernel : AttentionKernel<X> {
   /// The output of tiles [begin, end) of a window.
   void attend(i64 pair, i64 begin, i64 end, Scratch& scratch) const {
     const i64 image = Base::image(pair), window = Base::window(pair);
-    T* out = scratch.values;
-    Block block;
-    scratch.taps.forget();
-    for (i64 index = begin; index < end; ++index) {
+    Block block, next;
+    T rest[kBlock];
+    scratch.ring.forget();
+    Upcoming upcoming;
+    if (begin < end) fill_tile(queries_, block, image, window, tile_at(queries_, tiling_, begin));
+    for (i64 index = begin; index < end; ++index, block = next) {
       const Tile tile = tile_at(queries_, tiling_, index);
-      fill_tile(queries_, block, image, window, tile);
+      upcoming.plan(c_.heads * tiles_of<T>(block.count, c_.padded));
+      if (index + 1 < end) {
+        fill_tile(queries_, next, image, window, tile_at(queries_, tiling_, index + 1));
+        upcoming.add(rows_of<X>(in_.query, next), next.count, c_.count());
+        upcoming.add(rows_of<X>(out_, next), next.count, c_.count());
+      } else {
+        Base::first_block(keys_, pair + 1, next);
+        upcoming.add(rows_of<X>(in_.key, next), next.count, c_.count());
+        upcoming.add(rows_of<X>(in_.value, next), next.count, c_.count());
+      }
       Base::map_queries(block, scratch.focus, scratch.features);
-      for (i64 h = 0; h < c_.heads; ++h) attend_head(h, block.count, scratch, out + h * c_.head_stride());
-      if (in_.taps && !tile.is_prefix) {
-        add_bias(scratch.bias, block.count, out);
-        scratch.taps.advance(in_.value, queries_, image, window, tile);
-        taps_.convolve(scratch.taps, scratch.weights, queries_.rows, tile, out);
-      }
-      for (int t = 0; t < block.count; ++t) {
-        unpack_row(out + t * c_.padded, token_row<X>(out_, image, block.token[t]), c_.head_stride(), c_);
+      for (int t = 0; t < block.count; ++t) rest[t] = eps_ / scratch.features.norms.factor[t];
+      const Rows<X> out = rows_of<X>(out_, block);
+      const bool has_taps = in_.taps && !tile.is_prefix;
+      if (has_taps) scratch.ring.begin_tile(in_.value, queries_, image, window, tile);
+      for (i64 h = 0; h < c_.heads; ++h) {
+        attend_head(h, block.count, rest, scratch, upcoming);
+        if (has_taps) {
+          scratch.ring.stage_head(h);
+          const TapsOutput<X, T> to{scratch.attended, scratch.bias + h * c_.padded, out.at, h * c_.dim};
+          taps_.convolve(scratch.ring, scratch.weights + shape_.weight_vector(h, 0), tile, to, upcoming);
+        } else {
+          unpack_head(scratch.attended, block.count, h, c_, out);
+        }
       }
     }
   }
 
-  /// (z^p S) / (z^p m + eps / factor): the factor of a query cancels but for eps.
-  void attend_head(i64 h, int count, const Scratch& scratch, T* out) const {
+  /// (z S) / (z m + eps / factor): the factor of a query cancels but for eps.
+  void attend_head(i64 h, int count, const T* rest, const Scratch& scratch, Upcoming& upcoming) const {
     const T* z = scratch.features.z + h * c_.head_stride();
-    const T* m = scratch.sums.m + h * c_.padded;
     T inverse[kBlock];
-    for (int t = 0; t < count; ++t) {
-      Vec<T> dot = {};
-      for (i64 d = 0; d < c_.padded; d += kLanes<T>) dot = fma(load(z + t * c_.padded + d), load(m + d), dot);
-      inverse[t] = 1 / (sum(dot) + eps_ / scratch.features.factor[t]);
-    }
-    gemm_.product(count, c_.dim, c_.padded, z, scratch.sums.s + h * c_.matrix(), inverse, out);
-  }
-
-  void add_bias(const T* bias, int count, T* out) const {
-    if (!in_.taps.bias) return;
-    for (i64 h = 0; h < c_.heads; ++h) {
-      for (int t = 0; t < count; ++t) {
-        add_to(out + h * c_.head_stride() + t * c_.padded, bias + h * c_.padded, c_.padded);
-      }
-    }
+    row_dots(z, scratch.sums.m + h * c_.padded, count, c_.padded, inverse);
+    for (int t = 0; t < count; ++t) inverse[t] = 1 / (inverse[t] + rest[t]);
+    gemm_.product(count, c_.dim, c_.padded, z, scratch.sums.s + h * c_.matrix(), inverse, scratch.attended,
+                  upcoming);
   }
 
   MutableTokens out_;

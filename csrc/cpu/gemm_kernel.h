@@ -1,18 +1,16 @@
-// The small matrix products of one head, in register tiles: kTileRows x kTileVecs vectors of accumulators,
-// one broadcast and kTileVecs loads a step. All blocks are head-major: rows `padded` elements apart.
+// The small matrix products of one head, in register tiles: R rows x V vectors of sums, for each step R
+// broadcasts and V loads. Rows of every operand lie `padded` elements apart.
 #pragma once
 
-#include "layout.h"
+#include "rows_kernel.h"
 
 namespace flatten::cpu::FLATTEN_ISA {
-
-constexpr int kTileVecs = kRegisters == 32 ? 4 : 2;
-constexpr int kTileRows = 6;
 
 /// acc[r][v] += sum over k of a[r * a_row + k * a_step] * b[k * b_step + v * lanes]
 template <int R, int V, class T>
 FLATTEN_INLINE void accumulate(Vec<T> (&acc)[R][V], const T* a, i64 a_row, i64 a_step, const T* b, i64 b_step,
                                i64 steps) {
+#pragma GCC unroll 4
   for (i64 k = 0; k < steps; ++k) {
     Vec<T> bv[V];
     for (int v = 0; v < V; ++v) bv[v] = load(b + v * kLanes<T>);
@@ -25,15 +23,15 @@ FLATTEN_INLINE void accumulate(Vec<T> (&acc)[R][V], const T* a, i64 a_row, i64 a
   }
 }
 
-/// Cuts `rows` into tiles as even as can be and the vectors of a row into tiles of at most kTileVecs, and
-/// calls tile.run<R, V>(first row, first element) for each.
-template <int V, class T, class TileBody>
-FLATTEN_INLINE void for_row_tiles(i64 rows, i64 column, const TileBody& tile) {
-  const i64 tiles = ceil_div(rows, kTileRows);
+/// tile.run<R, V>(first row, column) over `rows` cut into tiles of at most Most rows, as even as can be.
+template <int V, int Most, class TileBody>
+FLATTEN_INLINE void for_row_tiles(i64 rows, i64 column, const TileBody& tile, Upcoming& upcoming) {
+  static_assert(Most <= 6);
+  const i64 tiles = ceil_div(rows, Most), least = rows / tiles, extra = rows % tiles;
   i64 row = 0;
   for (i64 i = 0; i < tiles; ++i) {
-    const i64 next = rows * (i + 1) / tiles;
-    switch (next - row) {
+    const i64 size = least + (i < extra);
+    switch (size) {
       case 1:
         tile.template run<1, V>(row, column);
         break;
@@ -47,24 +45,42 @@ FLATTEN_INLINE void for_row_tiles(i64 rows, i64 column, const TileBody& tile) {
         tile.template run<4, V>(row, column);
         break;
       case 5:
-        tile.template run<5, V>(row, column);
+        tile.template run < Most<5 ? Most : 5, V>(row, column);
         break;
       default:
-        tile.template run<6, V>(row, column);
+        tile.template run<Most, V>(row, column);
         break;
     }
-    row = next;
+    row += size;
+    upcoming.step();
   }
 }
 
+/// The same over all vectors of the rows too: two (or four) at a time, three where one would be left alone,
+/// so that 8 to 24 sums are under way and hide each other's latency.
 template <class T, class TileBody>
-FLATTEN_INLINE void for_tiles(i64 rows, i64 padded, const TileBody& tile) {
-  static_assert(kTileRows == 6);
-  i64 column = 0;
-  for (; column + kTileVecs * kLanes<T> <= padded; column += kTileVecs * kLanes<T>) {
-    for_row_tiles<kTileVecs, T>(rows, column, tile);
+FLATTEN_INLINE void for_tiles(i64 rows, i64 padded, const TileBody& tile, Upcoming& upcoming) {
+  constexpr bool kWide = kRegisters == 32;
+  i64 left = padded / kLanes<T>;
+  while (left > 0) {
+    const i64 column = padded - left * kLanes<T>;
+    const i64 take = left == 1 ? 1 : left == 3 ? 3 : !kWide || left == 2 ? 2 : left == 5 ? 3 : 4;
+    switch (take) {
+      case 1:
+        for_row_tiles<1, 6>(rows, column, tile, upcoming);
+        break;
+      case 2:
+        for_row_tiles<2, 6>(rows, column, tile, upcoming);
+        break;
+      case 3:
+        for_row_tiles<3, kWide ? 6 : 4>(rows, column, tile, upcoming);
+        break;
+      default:
+        for_row_tiles<kWide ? 4 : 2, 6>(rows, column, tile, upcoming);
+        break;
+    }
+    left -= take;
   }
-  for (; column < padded; column += kLanes<T>) for_row_tiles<1, T>(rows, column, tile);
 }
 
 template <class T, int kPadded>
@@ -77,7 +93,7 @@ struct ProductTile {
   FLATTEN_INLINE void run(i64 row, i64 column) const {
     const i64 n = kPadded ? kPadded : stride;
     Vec<T> acc[R][V] = {};
-    accumulate<R, V, T>(acc, a + row * n, n, 1, b + column, n, steps);
+    accumulate<R, V, T>(acc, a + row * n, n, 1, b + column, n, kPadded ? kPadded : steps);
     for (int r = 0; r < R; ++r) {
       const T f = factor[row + r];
       for (int v = 0; v < V; ++v) store(out + (row + r) * n + column + v * kLanes<T>, acc[r][v] * f);
@@ -108,28 +124,37 @@ struct OuterTile {
 
 /// out[t] = factor[t] * a[t] b, for `tokens` rows a of `dim` elements and a dim x padded matrix b.
 template <class T, int kPadded>
-void product(i64 tokens, i64 dim, i64 padded, const T* a, const T* b, const T* factor, T* out) {
-  for_tiles<T>(tokens, kPadded ? kPadded : padded, ProductTile<T, kPadded>{a, b, factor, out, dim, padded});
+void product(i64 tokens, i64 dim, i64 padded, const T* a, const T* b, const T* factor, T* out,
+             Upcoming& upcoming) {
+  for_tiles<T>(tokens, kPadded ? kPadded : padded, ProductTile<T, kPadded>{a, b, factor, out, dim, padded},
+               upcoming);
 }
 
 /// sum += a^T b, for `tokens` rows of a and b; sum is dim x padded.
 template <class T, int kPadded>
-void outer_product(i64 tokens, i64 dim, i64 padded, const T* a, const T* b, T* sum) {
-  for_tiles<T>(dim, kPadded ? kPadded : padded, OuterTile<T, kPadded>{a, b, sum, tokens, padded});
+void outer_product(i64 tokens, i64 dim, i64 padded, const T* a, const T* b, T* sum, Upcoming& upcoming) {
+  for_tiles<T>(dim, kPadded ? kPadded : padded, OuterTile<T, kPadded>{a, b, sum, tokens, padded}, upcoming);
+}
+
+/// Register tiles of one product, about.
+template <class T>
+i64 tiles_of(i64 rows, i64 padded) {
+  return ceil_div(rows, 6) * ceil_div(padded, 2 * kLanes<T>);
 }
 
 /// The products for one head width; the common ones have their strides compiled in.
 template <class T>
 struct Gemm {
-  void (*product)(i64 tokens, i64 dim, i64 padded, const T* a, const T* b, const T* factor, T* out);
-  void (*outer_product)(i64 tokens, i64 dim, i64 padded, const T* a, const T* b, T* sum);
+  void (*product)(i64 tokens, i64 dim, i64 padded, const T* a, const T* b, const T* factor, T* out,
+                  Upcoming& upcoming);
+  void (*outer_product)(i64 tokens, i64 dim, i64 padded, const T* a, const T* b, T* sum, Upcoming& upcoming);
 
   template <int kPadded>
   static Gemm make() {
     return {&FLATTEN_ISA::product<T, kPadded>, &FLATTEN_ISA::outer_product<T, kPadded>};
   }
-  static Gemm select(i64 padded) {
-    if constexpr (sizeof(T) == 4) {
+  static Gemm select(i64 dim, i64 padded) {
+    if (sizeof(T) == 4 && dim == padded) {
       switch (padded) {
         case 16:
           return make<16>();

@@ -60,15 +60,6 @@ struct Block {
   i64 position[kBlock];
 };
 
-template <class X>
-FLATTEN_INLINE const X* token_row(const Tokens& x, i64 image, i64 token) {
-  return static_cast<const X*>(x.data) + image * x.batch_stride + token * x.token_stride;
-}
-template <class X>
-FLATTEN_INLINE X* token_row(const MutableTokens& x, i64 image, i64 token) {
-  return static_cast<X*>(x.data) + image * x.batch_stride + token * x.token_stride;
-}
-
 /// One window's tokens as a grid of rows x columns behind `prefix` tokens. Where neither taps nor a shift
 /// give the map a meaning, the grid is one row of all tokens.
 struct Grid {
@@ -87,6 +78,8 @@ struct Grid {
   struct Row {
     i64 base, first, map_w;
     i64 token(i64 x) const { return base + (first + x < map_w ? first + x : first + x - map_w); }
+    /// Tokens from column x on that lie side by side; it may reach beyond the window.
+    i64 run(i64 x) const { return first + x < map_w ? map_w - first - x : 2 * map_w - first - x; }
   };
   Row row(i64 window, i64 y) const {
     if (flat) return {0, 0, columns};

@@ -5,24 +5,94 @@
 
 namespace flatten::cpu::FLATTEN_ISA {
 
-/// One token's row into a block (dst: its first element there); heads lie `stride` apart.
-template <class X, class T>
-void pack_row(const X* src, T* dst, i64 stride, const Channels& c, T factor) {
-  for (i64 h = 0; h < c.heads; ++h, src += c.dim, dst += stride) {
-    i64 d = 0;
-    for (; d + kLanes<T> <= c.dim; d += kLanes<T>) store(dst + d, load(src + d) * factor);
-    if (d < c.dim) store(dst + d, load_partial(src + d, c.dim - d) * factor);
+/// Rows of a block's tokens in a (batch, token, channel) tensor.
+template <class X>
+struct Rows {
+  X* at[kBlock];
+  X* operator[](int t) const { return at[t]; }
+};
+
+template <class X>
+Rows<const X> rows_of(const Tokens& x, const Block& block) {
+  Rows<const X> rows;
+  const X* image = static_cast<const X*>(x.data) + block.image * x.batch_stride;
+  for (int t = 0; t < block.count; ++t) rows.at[t] = image + block.token[t] * x.token_stride;
+  return rows;
+}
+template <class X>
+Rows<X> rows_of(const MutableTokens& x, const Block& block) {
+  Rows<X> rows;
+  X* image = static_cast<X*>(x.data) + block.image * x.batch_stride;
+  for (int t = 0; t < block.count; ++t) rows.at[t] = image + block.token[t] * x.token_stride;
+  return rows;
+}
+
+/// Rows that will be needed soon. The products and taps of the block at hand call step() once per register
+/// tile, so that memory is read at an even pace behind the arithmetic, not in bursts between it.
+class Upcoming {
+ public:
+  /// Starts over; the lines of all rows added from here on are spread over about `steps` steps.
+  void plan(i64 steps) {
+    rows_ = at_ = 0;
+    offset_ = lines_ = 0;
+    steps_ = greater(steps, 1);
+    per_step_ = 0;
+  }
+  template <class X>
+  void add(const Rows<X>& rows, int count, i64 channels) {
+    bytes_ = channels * static_cast<i64>(sizeof(X));
+    for (int t = 0; t < count && rows_ < kMost; ++t) row_[rows_++] = reinterpret_cast<const char*>(rows[t]);
+    lines_ += count * ceil_div(bytes_, kLine);
+    per_step_ = ceil_div(lines_, steps_);
+  }
+  void step() {
+    for (i64 i = 0; i < per_step_ && at_ < rows_; ++i) {
+      __builtin_prefetch(row_[at_] + offset_, 0, 2);  // into the second-level cache
+      offset_ += kLine;
+      if (offset_ >= bytes_) offset_ = 0, ++at_;
+    }
+  }
+
+ private:
+  static constexpr i64 kLine = 64;
+  static constexpr int kMost = 5 * kBlock;
+  const char* row_[kMost];
+  int rows_ = 0, at_ = 0;
+  i64 bytes_ = 0, offset_ = 0, lines_ = 0, steps_ = 1, per_step_ = 0;
+};
+
+/// Loads or stores kLanes elements, or the `count` that are left of a head.
+template <class X>
+FLATTEN_INLINE Vec<Accumulate<X>> load_at_most(const X* p, i64 count) {
+  return count < kLanes<Accumulate<X>> ? load_partial(p, count) : load(p);
+}
+template <class X>
+FLATTEN_INLINE void store_at_most(X* p, Vec<Accumulate<X>> x, i64 count) {
+  if (count < kLanes<Accumulate<X>>) {
+    store_partial(p, x, count);
+  } else {
+    store(p, x);
   }
 }
 
-/// The way back, rounding to the storage type.
+/// `dim` elements to `padded`, and back.
 template <class X, class T>
-void unpack_row(const T* src, X* dst, i64 stride, const Channels& c) {
-  for (i64 h = 0; h < c.heads; ++h, src += stride, dst += c.dim) {
-    i64 d = 0;
-    for (; d + kLanes<T> <= c.dim; d += kLanes<T>) store(dst + d, load(src + d));
-    if (d < c.dim) store_partial(dst + d, load(src + d), c.dim - d);
-  }
+FLATTEN_INLINE void pack(const X* from, T* to, i64 dim, T factor) {
+  for (i64 d = 0; d < dim; d += kLanes<T>) store(to + d, load_at_most(from + d, dim - d) * factor);
+}
+template <class X, class T>
+FLATTEN_INLINE void unpack(const T* from, X* to, i64 dim) {
+  for (i64 d = 0; d < dim; d += kLanes<T>) store_at_most(to + d, load(from + d), dim - d);
+}
+
+/// One head of a block's rows, times factor[t], into rows of `padded` elements.
+template <class X, class T>
+void pack_head(const Rows<const X>& rows, int count, i64 head, Channels c, const T* factor, T* to) {
+  for (int t = 0; t < count; ++t) pack(rows[t] + head * c.dim, to + t * c.padded, c.dim, factor[t]);
+}
+template <class X, class T>
+void unpack_head(const T* from, int count, i64 head, Channels c, const Rows<X>& rows) {
+  for (int t = 0; t < count; ++t) unpack(from + t * c.padded, rows[t] + head * c.dim, c.dim);
 }
 
 template <class T>

@@ -1,25 +1,20 @@
-// The depthwise taps of a tile of tokens, and their gradients.
-//
-// Rows of the convolved tensor are copied once, zero-padded to the left and right, into a ring of head-major
-// rows that moves down a strip of the map: ring element (row, head, column, channel) lies at
-// ((row % ring_rows * heads + head) * ring_columns + column) * padded + channel.
+// The depthwise taps of a tile of tokens, and their gradients, head by head.
 #pragma once
 
 #include "rows_kernel.h"
 
 namespace flatten::cpu::FLATTEN_ISA {
 
-/// Outputs of a register tile along a row.
-constexpr int kOutputs = 8;
-
+/// Sizes of the taps and of the ring of rows they read.
 template <class T>
 struct TapsShape {
   Channels channels;
   i64 kernel_h, kernel_w, pad_h, pad_w;
   i64 ring_rows, ring_columns;
+  i64 ring_heads;    // 1 where every tile holds a whole strip: then no row outlives its head's turn
   i64 weight_heads;  // 1 where the heads share the weights
 
-  static TapsShape make(const Taps& taps, const Channels& c, const Tiling& tiling) {
+  static TapsShape make(const Taps& taps, Channels c, const Tiling& tiling) {
     const i64 kh = taps.kernel_h, kw = taps.kernel_w;
     return {c,
             kh,
@@ -28,10 +23,13 @@ struct TapsShape {
             kw / 2,
             tiling.tile_rows + kh - 1,
             tiling.strip_columns + kw - 1,
+            tiling.row_steps == 1 ? 1 : c.heads,
             taps.per_channel ? c.heads : 1};
   }
   i64 area() const { return kernel_h * kernel_w; }
-  i64 ring_elements() const { return ring_rows * channels.heads * ring_columns * channels.padded; }
+  i64 row_elements() const { return ring_columns * channels.padded; }
+  /// The ring and, behind it, a row of zeros.
+  i64 ring_elements() const { return (ring_heads * ring_rows + 1) * row_elements(); }
   /// Weights as the kernels read them: (weight_heads, padded / lanes, area, lanes).
   i64 weight_elements() const { return weight_heads * area() * channels.padded; }
   i64 weight_vector(i64 head, i64 d) const {
@@ -42,7 +40,7 @@ struct TapsShape {
 /// Weights into the kernels' order, `flipped` for the transposed convolution.
 template <class T>
 void fill_weights(const Taps& taps, const TapsShape<T>& shape, bool flipped, T* weights) {
-  const Channels& c = shape.channels;
+  const Channels c = shape.channels;
   set_zero(weights, shape.weight_elements());
   for (i64 h = 0; h < shape.weight_heads; ++h) {
     for (i64 d = 0; d < c.dim; ++d) {
@@ -55,9 +53,9 @@ void fill_weights(const Taps& taps, const TapsShape<T>& shape, bool flipped, T* 
   }
 }
 
-/// The bias of every channel, padded like a row.
+/// The bias of every channel, padded like a row; zeros without one.
 template <class T>
-void fill_tap_bias(const Taps& taps, const Channels& c, T* bias) {
+void fill_tap_bias(const Taps& taps, Channels c, T* bias) {
   set_zero(bias, c.padded_count());
   if (!taps.bias) return;
   for (i64 h = 0; h < c.heads; ++h) {
@@ -67,180 +65,288 @@ void fill_tap_bias(const Taps& taps, const Channels& c, T* bias) {
   }
 }
 
-/// The rows of one strip of one window that are in the ring.
+/// The rows of the convolved tensor that a tile's taps reach, zero-padded to the left and right. Each is
+/// copied once into a ring that moves down a strip of the map: (heads, ring rows, vectors of a head, columns,
+/// lanes).
 template <class X, class T>
 class TapsRing {
  public:
   TapsRing() = default;
-  TapsRing(const TapsShape<T>& shape, T* memory) : shape_(shape), memory_(memory) {}
+  TapsRing(const TapsShape<T>& shape, Arena& arena)
+      : shape_(shape),
+        memory_(arena.take<T>(shape.ring_elements())),
+        rows_(arena.take<const T*>(shape.ring_rows)),
+        tokens_(arena.take<Grid::Row>(shape.ring_rows)) {}
 
-  void forget() { next_ = -1; }
+  /// Before the first window.
+  void clear() { set_zero(zeros(), shape_.row_elements()); }
 
-  /// Brings the rows that the taps of `tile` reach into the ring, those inside the window.
-  void advance(const Tokens& source, const Grid& grid, i64 image, i64 window, const Tile& tile) {
+  /// Before the first tile of a window.
+  void forget() { end_ = -1; }
+
+  void begin_tile(const Tokens& source, const Grid& grid, i64 image, i64 window, const Tile& tile) {
     const i64 first = greater(0, tile.y - shape_.pad_h);
-    const i64 end = smaller(grid.rows, tile.y + tile.height + shape_.pad_h);
-    const bool continues = next_ >= first && tile.x == x_;
-    x_ = tile.x;
-    for (i64 y = continues ? next_ : first; y < end; ++y) stage(source, grid, image, window, y, tile);
-    next_ = end;
+    const bool continues = end_ >= first && tile.x == tile_.x;
+    begin_ = continues ? end_ : first;
+    end_ = smaller(grid.rows, tile.y + tile.height + shape_.pad_h);
+    for (i64 y = begin_; y < end_; ++y) tokens_[y - begin_] = grid.row(window, y);
+    tile_ = tile;
+    grid_rows_ = grid.rows;
+    grid_columns_ = grid.columns;
+    source_ = static_cast<const X*>(source.data) + image * source.batch_stride;
+    token_stride_ = source.token_stride;
   }
 
-  const T* row(i64 y, i64 head) const {
-    return memory_ + (y % shape_.ring_rows * shape_.channels.heads + head) * shape_.ring_columns *
-                         shape_.channels.padded;
+  /// Copies what the tile needs of a head and is not there yet; then rows() are that head's.
+  void stage_head(i64 head) {
+    const i64 rows = tile_.height + shape_.kernel_h - 1;
+    for (i64 y = begin_; y < end_; ++y) stage_row(head, y, slot(head, y));
+    for (i64 i = 0; i < rows; ++i) {
+      const i64 y = tile_.y - shape_.pad_h + i;
+      rows_[i] = y < 0 || y >= grid_rows_ ? zeros() : slot(head, y);
+    }
   }
+
+  /// rows()[i + dy] is what tap row dy of the tile's row i reads; outside the window it is zeros.
+  const T* const* rows() const { return rows_; }
   const TapsShape<T>& shape() const { return shape_; }
+  /// The tap rows [first, last) of the tile's row i that lie inside the window.
+  i64 first_tap_row(i64 i) const { return greater(0, shape_.pad_h - tile_.y - i); }
+  i64 last_tap_row(i64 i) const { return smaller(shape_.kernel_h, grid_rows_ + shape_.pad_h - tile_.y - i); }
 
  private:
-  void stage(const Tokens& source, const Grid& grid, i64 image, i64 window, i64 y, const Tile& tile) {
-    const Channels& c = shape_.channels;
-    T* to = const_cast<T*>(row(y, 0));
-    const i64 stride = shape_.ring_columns * c.padded;
-    const Grid::Row tokens = grid.row(window, y);
-    for (i64 i = 0; i < tile.width + 2 * shape_.pad_w; ++i, to += c.padded) {
-      const i64 x = tile.x - shape_.pad_w + i;
-      if (x < 0 || x >= grid.columns) {
-        for (i64 h = 0; h < c.heads; ++h) set_zero(to + h * stride, c.padded);
-      } else {
-        pack_row(token_row<X>(source, image, tokens.token(x)), to, stride, c, T(1));
+  T* zeros() const { return memory_ + shape_.ring_heads * shape_.ring_rows * shape_.row_elements(); }
+  T* slot(i64 head, i64 y) const {
+    const i64 h = shape_.ring_heads == 1 ? 0 : head;
+    return memory_ + (h * shape_.ring_rows + y % shape_.ring_rows) * shape_.row_elements();
+  }
+
+  void stage_row(i64 head, i64 y, T* to) const {
+    constexpr int kV = kLanes<T>;
+    const Channels c = shape_.channels;
+    const i64 columns = shape_.ring_columns, width = tile_.width + 2 * shape_.pad_w, stride = token_stride_;
+    const i64 left = tile_.x - shape_.pad_w;  // the window's column of the row's first element
+    const i64 begin = greater(0, -left), end = smaller(width, grid_columns_ - left);
+    const Grid::Row tokens = tokens_[y - begin_];
+    const X* from = source_ + head * c.dim;
+    for (i64 d = 0; d < c.padded; d += kV, to += columns * kV) {
+      for (i64 i = 0; i < begin; ++i) store(to + i * kV, Vec<T>{});
+      for (i64 i = begin; i < end;) {
+        const X* token = from + tokens.token(left + i) * stride + d;
+        const i64 stop = smaller(end, i + tokens.run(left + i));
+        if (d + kV <= c.dim) {
+          for (; i < stop; ++i, token += stride) store(to + i * kV, load(token));
+        } else {
+          for (; i < stop; ++i, token += stride) store(to + i * kV, load_partial(token, c.dim - d));
+        }
       }
+      for (i64 i = greater(begin, end); i < width; ++i) store(to + i * kV, Vec<T>{});
     }
   }
 
   TapsShape<T> shape_;
   T* memory_ = nullptr;
-  i64 next_ = -1, x_ = -1;
+  const T** rows_ = nullptr;     // see rows()
+  Grid::Row* tokens_ = nullptr;  // of the rows [begin_, end_) that the tile brings in
+  const X* source_ = nullptr;
+  i64 token_stride_ = 0, grid_rows_ = 0, grid_columns_ = 0, begin_ = 0, end_ = -1;
+  Tile tile_{};
 };
 
-/// One vector of channels of R adjacent outputs: out += taps.
-template <int kKernelW, int R, class X, class T>
-FLATTEN_INLINE void convolve_outputs(const TapsRing<X, T>& ring, const T* weights, i64 rows, i64 y, i64 x,
-                                     i64 head, i64 d, T* out) {
-  const TapsShape<T>& s = ring.shape();
-  const i64 padded = s.channels.padded;
-  const i64 kernel_w = kKernelW ? kKernelW : s.kernel_w;
-  Vec<T> acc[R];
-  for (int i = 0; i < R; ++i) acc[i] = load(out + i * padded);
-  const i64 dy_begin = greater(0, s.pad_h - y), dy_end = smaller(s.kernel_h, rows + s.pad_h - y);
-  for (i64 dy = dy_begin; dy < dy_end; ++dy) {
-    const T* in = ring.row(y + dy - s.pad_h, head) + x * padded + d;
-    const T* w = weights + dy * kernel_w * kLanes<T>;
+/// One vector of channels of R adjacent outputs: sums[i] += taps. `rows` point at the column and channels of
+/// the first output's leftmost tap.
+template <int kKernelW, int R, class T>
+FLATTEN_INLINE void convolve_outputs(const T* const* rows, i64 offset, const T* weights, i64 first, i64 last,
+                                     i64 kernel_w, Vec<T> (&sums)[R]) {
+  constexpr int kV = kLanes<T>;
+  for (i64 dy = first; dy < last; ++dy) {
+    const T* in = immediate_offsets(rows[dy] + offset);
+    const T* w = weights + dy * kernel_w * kV;
     if constexpr (kKernelW != 0) {
       Vec<T> wv[kKernelW];
-      for (int k = 0; k < kKernelW; ++k) wv[k] = load(w + k * kLanes<T>);
+      for (int k = 0; k < kKernelW; ++k) wv[k] = load(w + k * kV);
       for (int i = 0; i < R + kKernelW - 1; ++i) {
-        const Vec<T> v = load(in + i * padded);
+        const Vec<T> v = load(in + i * kV);
         for (int k = 0; k < kKernelW; ++k) {
-          if (i - k >= 0 && i - k < R) acc[i - k] = fma(v, wv[k], acc[i - k]);
+          if (i - k >= 0 && i - k < R) sums[i - k] = fma(v, wv[k], sums[i - k]);
         }
       }
     } else {
       for (i64 k = 0; k < kernel_w; ++k) {
-        const Vec<T> wv = load(w + k * kLanes<T>);
-        for (int i = 0; i < R; ++i) acc[i] = fma(load(in + (i + k) * padded), wv, acc[i]);
-      }
-    }
-  }
-  for (int i = 0; i < R; ++i) store(out + i * padded, acc[i]);
-}
-
-/// out += taps of the tile's rows, with `out` a block whose tokens are the tile's.
-template <int kKernelW, class X, class T>
-void convolve_tile(const TapsRing<X, T>& ring, const T* weights, i64 rows, const Tile& tile, T* out) {
-  const TapsShape<T>& s = ring.shape();
-  const Channels& c = s.channels;
-  for (i64 h = 0; h < c.heads; ++h) {
-    for (i64 i = 0; i < tile.height; ++i) {
-      T* out_row = out + h * c.head_stride() + i * tile.width * c.padded;
-      for (i64 x = 0; x < tile.width;) {
-        const i64 left = tile.width - x;
-        for (i64 d = 0; d < c.padded; d += kLanes<T>) {
-          const T* w = weights + s.weight_vector(h, d);
-          T* to = out_row + x * c.padded + d;
-          const i64 y = tile.y + i;
-          if (left >= kOutputs) {
-            convolve_outputs<kKernelW, kOutputs>(ring, w, rows, y, x, h, d, to);
-          } else if (left >= 4) {
-            convolve_outputs<kKernelW, 4>(ring, w, rows, y, x, h, d, to);
-          } else {
-            convolve_outputs<kKernelW, 1>(ring, w, rows, y, x, h, d, to);
-          }
-        }
-        x += left >= kOutputs ? kOutputs : left >= 4 ? 4 : 1;
+        const Vec<T> wv = load(w + k * kV);
+        for (int i = 0; i < R; ++i) sums[i] = fma(load(in + (i + k) * kV), wv, sums[i]);
       }
     }
   }
 }
 
-/// The gradient of one vector of channels of one row of (flipped) taps, over one row of the tile:
-/// sum[k] += v[x] * g[x + k].
-template <int kKernelW, class T>
-FLATTEN_INLINE void correlate_row(const T* v, const T* g, i64 width, i64 padded, i64 kernel_w, T* sum) {
-  if constexpr (kKernelW != 0) {
-    Vec<T> acc[kKernelW];
-    for (int k = 0; k < kKernelW; ++k) acc[k] = load(sum + k * kLanes<T>);
-    for (i64 x = 0; x < width; ++x) {
-      const Vec<T> vx = load(v + x * padded);
-      for (int k = 0; k < kKernelW; ++k) acc[k] = fma(vx, load(g + (x + k) * padded), acc[k]);
-    }
-    for (int k = 0; k < kKernelW; ++k) store(sum + k * kLanes<T>, acc[k]);
-  } else {
-    for (i64 k = 0; k < kernel_w; ++k) {
-      Vec<T> acc = load(sum + k * kLanes<T>);
-      for (i64 x = 0; x < width; ++x) acc = fma(load(v + x * padded), load(g + (x + k) * padded), acc);
-      store(sum + k * kLanes<T>, acc);
-    }
-  }
-}
-
-/// Adds a tile's part of the gradient of the (flipped) weights, in the weights' order; `v` is a block whose
-/// tokens are the tile's, the ring holds the output's gradient.
-template <int kKernelW, class X, class T>
-void correlate_tile(const TapsRing<X, T>& ring, const T* v, i64 rows, const Tile& tile, T* sum) {
-  const TapsShape<T>& s = ring.shape();
-  const Channels& c = s.channels;
-  for (i64 h = 0; h < c.heads; ++h) {
-    for (i64 i = 0; i < tile.height; ++i) {
-      const i64 y = tile.y + i;
-      const T* v_row = v + h * c.head_stride() + i * tile.width * c.padded;
-      const i64 dy_begin = greater(0, s.pad_h - y), dy_end = smaller(s.kernel_h, rows + s.pad_h - y);
-      for (i64 d = 0; d < c.padded; d += kLanes<T>) {
-        for (i64 dy = dy_begin; dy < dy_end; ++dy) {
-          correlate_row<kKernelW>(v_row + d, ring.row(y + dy - s.pad_h, h) + d, tile.width, c.padded,
-                                  s.kernel_w, sum + s.weight_vector(h, d) + dy * s.kernel_w * kLanes<T>);
-        }
-      }
-    }
-  }
-}
-
-/// sum += the tile's own rows of the ring, padded like a row: the gradient of the bias.
+/// What the taps of one head are added to, and where the result goes.
 template <class X, class T>
-void sum_tile(const TapsRing<X, T>& ring, const Tile& tile, T* sum) {
+struct TapsOutput {
+  const T* start;  // rows of `padded` elements, one per token of the tile
+  const T* bias;   // padded like a row of the head
+  X* const* rows;  // the tokens' rows
+  i64 channel;     // of the head's first
+};
+
+/// R outputs from column x of the tile's row i, all vectors of the head.
+template <int kKernelW, int R, class X, class T>
+FLATTEN_INLINE void convolve_run(const TapsRing<X, T>& ring, const T* weights, i64 i, i64 x, i64 width,
+                                 const TapsOutput<X, T>& out) {
   const TapsShape<T>& s = ring.shape();
-  const Channels& c = s.channels;
-  for (i64 h = 0; h < c.heads; ++h) {
-    for (i64 d = 0; d < c.padded; d += kLanes<T>) {
-      Vec<T> acc = load(sum + h * c.padded + d);
-      for (i64 i = 0; i < tile.height; ++i) {
-        const T* g = ring.row(tile.y + i, h) + s.pad_w * c.padded + d;
-        for (i64 x = 0; x < tile.width; ++x) acc = acc + load(g + x * c.padded);
-      }
-      store(sum + h * c.padded + d, acc);
+  const i64 padded = s.channels.padded, dim = s.channels.dim, columns = s.ring_columns, area = s.area();
+  const i64 kernel_w = kKernelW ? kKernelW : s.kernel_w;
+  const i64 first = ring.first_tap_row(i), last = ring.last_tap_row(i);
+  const T* const* rows = ring.rows() + i;
+  const T* start = out.start + (i * width + x) * padded;
+  X* const* to = out.rows + i * width + x;
+  for (i64 d = 0; d < padded; d += kLanes<T>) {
+    const Vec<T> bias = load(out.bias + d);
+    Vec<T> sums[R];
+    for (int r = 0; r < R; ++r) sums[r] = load(start + r * padded + d) + bias;
+    convolve_outputs<kKernelW, R, T>(rows, d * columns + x * kLanes<T>, weights + d * area, first, last,
+                                     kernel_w, sums);
+    if (d + kLanes<T> <= dim) {
+      for (int r = 0; r < R; ++r) store(to[r] + out.channel + d, sums[r]);
+    } else {
+      for (int r = 0; r < R; ++r) store_partial(to[r] + out.channel + d, sums[r], dim - d);
     }
   }
 }
 
-/// The tile functions for one kernel width.
+/// out = start + bias + taps for one head of a tile, rows cut into runs of at most 8 outputs, as even as can
+/// be.
+template <int kKernelW, class X, class T>
+void convolve_head(const TapsRing<X, T>& ring, const T* weights, const Tile& tile,
+                   const TapsOutput<X, T>& out, Upcoming& upcoming) {
+  const i64 runs = ceil_div(tile.width, 8), least = tile.width / runs, extra = tile.width % runs;
+  for (i64 i = 0; i < tile.height; ++i) {
+    i64 x = 0;
+    for (i64 run = 0; run < runs; ++run) {
+      const i64 size = least + (run < extra);
+      switch (size) {
+        case 1:
+          convolve_run<kKernelW, 1>(ring, weights, i, x, tile.width, out);
+          break;
+        case 2:
+          convolve_run<kKernelW, 2>(ring, weights, i, x, tile.width, out);
+          break;
+        case 3:
+          convolve_run<kKernelW, 3>(ring, weights, i, x, tile.width, out);
+          break;
+        case 4:
+          convolve_run<kKernelW, 4>(ring, weights, i, x, tile.width, out);
+          break;
+        case 5:
+          convolve_run<kKernelW, 5>(ring, weights, i, x, tile.width, out);
+          break;
+        case 6:
+          convolve_run<kKernelW, 6>(ring, weights, i, x, tile.width, out);
+          break;
+        case 7:
+          convolve_run<kKernelW, 7>(ring, weights, i, x, tile.width, out);
+          break;
+        default:
+          convolve_run<kKernelW, 8>(ring, weights, i, x, tile.width, out);
+          break;
+      }
+      x += size;
+      upcoming.step();
+    }
+  }
+}
+
+/// Gradient of tap rows [dy, dy + G) for one vector of channels: sum[g][k] += v[i][x] * rows[i + dy + g][x +
+/// k].
+template <int kKernelW, int G, class T>
+FLATTEN_INLINE void correlate_rows(const T* const* rows, i64 offset, const T* v, i64 padded, i64 dy,
+                                   const Tile& tile, T* sum) {
+  constexpr int kV = kLanes<T>;
+  Vec<T> acc[G][kKernelW];
+  sum += dy * kKernelW * kV;
+  for (int g = 0; g < G; ++g) {
+    for (int k = 0; k < kKernelW; ++k) acc[g][k] = load(sum + (g * kKernelW + k) * kV);
+  }
+  for (i64 i = 0; i < tile.height; ++i) {
+    const T* in[G];
+    for (int g = 0; g < G; ++g) in[g] = rows[i + dy + g] + offset;
+    for (i64 x = 0; x < tile.width; ++x, v += padded) {
+      const Vec<T> vx = load(v);
+      for (int g = 0; g < G; ++g) {
+        in[g] = immediate_offsets(in[g]);
+        for (int k = 0; k < kKernelW; ++k) acc[g][k] = fma(vx, load(in[g] + k * kV), acc[g][k]);
+        in[g] += kV;
+      }
+    }
+  }
+  for (int g = 0; g < G; ++g) {
+    for (int k = 0; k < kKernelW; ++k) store(sum + (g * kKernelW + k) * kV, acc[g][k]);
+  }
+}
+
+/// Adds one head's part of the gradient of the (flipped) weights, in the weights' order: v holds the tile's
+/// rows of `padded` elements, the ring those of the output's gradient.
+template <int kKernelW, class X, class T>
+void correlate_head(const TapsRing<X, T>& ring, const T* v, const Tile& tile, T* sum) {
+  constexpr int kGroup = kKernelW == 0  ? 1
+                         : kKernelW > 5 ? 2
+                                        : 3;  // sums and one more vector fill 16 registers
+  const TapsShape<T>& s = ring.shape();
+  const i64 padded = s.channels.padded, area = s.area();
+  for (i64 d = 0; d < padded; d += kLanes<T>) {
+    const i64 offset = d * s.ring_columns;
+    T* sums = sum + d * area;
+    if constexpr (kKernelW != 0) {
+      i64 dy = 0;
+      for (; dy + kGroup <= s.kernel_h; dy += kGroup) {
+        correlate_rows<kKernelW, kGroup>(ring.rows(), offset, v + d, padded, dy, tile, sums);
+      }
+      for (; dy + 2 <= s.kernel_h; dy += 2) {
+        correlate_rows<kKernelW, 2>(ring.rows(), offset, v + d, padded, dy, tile, sums);
+      }
+      if (dy < s.kernel_h) correlate_rows<kKernelW, 1>(ring.rows(), offset, v + d, padded, dy, tile, sums);
+    } else {
+      for (i64 k = 0; k < area; ++k) {
+        Vec<T> acc = load(sums + k * kLanes<T>);
+        for (i64 t = 0; t < tile.height * tile.width; ++t) {
+          const T* in = ring.rows()[t / tile.width + k / s.kernel_w] + offset;
+          acc = fma(load(v + t * padded + d), load(in + (t % tile.width + k % s.kernel_w) * kLanes<T>), acc);
+        }
+        store(sums + k * kLanes<T>, acc);
+      }
+    }
+  }
+}
+
+/// sum += one head of the tile's own rows of the ring: the gradient of the bias.
+template <class X, class T>
+void sum_head(const TapsRing<X, T>& ring, const Tile& tile, T* sum) {
+  const TapsShape<T>& s = ring.shape();
+  const i64 padded = s.channels.padded;
+  for (i64 d = 0; d < padded; d += kLanes<T>) {
+    Vec<T> acc[4] = {load(sum + d)};  // several, to hide the latency of a sum
+    for (i64 i = 0; i < tile.height; ++i) {
+      const T* g = ring.rows()[i + s.pad_h] + d * s.ring_columns + s.pad_w * kLanes<T>;
+      i64 x = 0;
+      for (; x + 4 <= tile.width; x += 4) {
+        for (int j = 0; j < 4; ++j) acc[j] = acc[j] + load(g + (x + j) * kLanes<T>);
+      }
+      for (; x < tile.width; ++x) acc[0] = acc[0] + load(g + x * kLanes<T>);
+    }
+    store(sum + d, (acc[0] + acc[1]) + (acc[2] + acc[3]));
+  }
+}
+
+/// The functions for one kernel width.
 template <class X, class T>
 struct TapsKernels {
-  void (*convolve)(const TapsRing<X, T>& ring, const T* weights, i64 rows, const Tile& tile, T* out);
-  void (*correlate)(const TapsRing<X, T>& ring, const T* v, i64 rows, const Tile& tile, T* sum);
+  void (*convolve)(const TapsRing<X, T>& ring, const T* weights, const Tile& tile,
+                   const TapsOutput<X, T>& out, Upcoming& upcoming);
+  void (*correlate)(const TapsRing<X, T>& ring, const T* v, const Tile& tile, T* sum);
 
   template <int kKernelW>
   static TapsKernels make() {
-    return {&convolve_tile<kKernelW, X, T>, &correlate_tile<kKernelW, X, T>};
+    return {&convolve_head<kKernelW, X, T>, &correlate_head<kKernelW, X, T>};
   }
   static TapsKernels select(i64 kernel_w) {
     switch (kernel_w) {
@@ -260,7 +366,7 @@ struct TapsKernels {
 template <class T>
 void write_taps_gradients(const TapsShape<T>& shape, const T* weight_sums, const T* bias_sums, int slots,
                           const MutableParameter& grad_weight, const MutableParameter& grad_bias) {
-  const Channels& c = shape.channels;
+  const Channels c = shape.channels;
   const i64 heads = shape.weight_heads, area = shape.area();
   if (grad_weight) {
     for (i64 h = 0; h < heads; ++h) {

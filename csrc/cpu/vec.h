@@ -76,6 +76,11 @@ struct AccumulateType<double> {
 template <class X>
 using Accumulate = typename AccumulateType<X>::type;
 
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+
 template <class To, class From>
 FLATTEN_INLINE To bit_cast(const From& from) {
   static_assert(sizeof(To) == sizeof(From));
@@ -84,9 +89,17 @@ FLATTEN_INLINE To bit_cast(const From& from) {
   return to;
 }
 
+/// Hides where a pointer came from. Used in loops whose sums fill the registers, where GCC would otherwise
+/// keep addresses, or values loaded for the next iteration, in registers too, and spill the sums.
+template <class T>
+FLATTEN_INLINE T* immediate_offsets(T* p) {
+  asm("" : "+r"(p));
+  return p;
+}
+
 template <class T>
 FLATTEN_INLINE Vec<T> broadcast(T x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};  // not a sum, which would be an instruction: -0 + 0 is 0
 }
 
 /// a * b + c, fused where the instruction set can.
@@ -118,8 +131,20 @@ FLATTEN_INLINE V larger(V a, V b) {
   return a > b ? a : b;
 }
 
-FLATTEN_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
-FLATTEN_INLINE double square_root(double x) { return __builtin_sqrt(x); }
+FLATTEN_INLINE FloatVec square_root(FloatVec x) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_sqrt_ps(0xffff, x);
+#elif defined(__AVX2__)
+  return _mm256_sqrt_ps(x);
+#else
+  for (int i = 0; i < kFloats; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+FLATTEN_INLINE DoubleVec square_root(DoubleVec x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_sqrt(x[i]);
+  return x;
+}
 
 /// Sum of the lanes.
 FLATTEN_INLINE float sum(FloatVec x) {
