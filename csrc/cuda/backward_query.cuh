@@ -120,19 +120,21 @@ __global__ void __launch_bounds__(kBackwardThreads)
     copy_async_wait<0>();
     TileWords<kSlices> w;
     Norms norms;
-    focus(query_tile, [&](const float (&powers)[kSlices][4][8], const Norms& own) {
-      norms = own;
+    focus(
+        query_tile,
+        [&](const float (&powers)[kSlices][4][8]) {
 #pragma unroll
-      for (int slice = 0; slice < kSlices; ++slice) {
+          for (int slice = 0; slice < kSlices; ++slice) {
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
+            for (int r = 0; r < 4; ++r) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            w[slice][r][i] = Pair<T>::pack(powers[slice][r][2 * i], powers[slice][r][2 * i + 1]);
+              for (int i = 0; i < 4; ++i) {
+                w[slice][r][i] = Pair<T>::pack(powers[slice][r][2 * i], powers[slice][r][2 * i + 1]);
+              }
+            }
           }
-        }
-      }
-    });
+        },
+        [&](const Norms& own) { norms = own; });
 
     // g / den and share. A token past the end has neither.
     TileWords<kSlices> g;

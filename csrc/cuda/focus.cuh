@@ -211,17 +211,23 @@ class Focus {
   /// so that what it makes of the powers, and not the powers, has to meet again in the same registers.
   template <typename Use>
   __device__ __forceinline__ void operator()(uint32_t tile, const LaneBias& bias, Use use) const {
-    if (bias.bias.data) return run(tile, bias, use);
-    run(tile, NoBias{}, use);
+    if (bias.bias.data) return run(tile, bias, [](const Powers&) {}, use);
+    run(tile, NoBias{}, [](const Powers&) {}, use);
   }
   template <typename Use>
   __device__ __forceinline__ void operator()(uint32_t tile, Use use) const {
-    run(tile, NoBias{}, use);
+    run(tile, NoBias{}, [](const Powers&) {}, use);
+  }
+  /// The same in two parts: pack(powers), which may run twice and then counts the second time, before the
+  /// warps exchange their norms; and finish(norms).
+  template <typename Pack, typename Finish>
+  __device__ __forceinline__ void operator()(uint32_t tile, Pack pack, Finish finish) const {
+    run(tile, NoBias{}, pack, [&](const Powers&, const Norms& norms) { finish(norms); });
   }
 
  private:
-  template <typename Bias, typename Use>
-  __device__ __forceinline__ void run(uint32_t tile, const Bias& bias, Use use) const {
+  template <typename Bias, typename Pack, typename Use>
+  __device__ __forceinline__ void run(uint32_t tile, const Bias& bias, Pack pack, Use use) const {
     const auto plus = [](float2 a, float2 b) { return float2{a.x + b.x, a.y + b.y}; };
     const float ones[4] = {1.0f, 1.0f, 1.0f, 1.0f};
     Powers y;
@@ -229,6 +235,7 @@ class Focus {
     if constexpr (kMode == kRuntimeMode) {
       if (params_.mode == kNoMapping) {
         load(y, tile);
+        pack(y);
         group_.barrier();
         return use(y, Norms{1.0f, 1.0f});
       }
@@ -253,6 +260,7 @@ class Focus {
       load(y, tile, bias);
       norms = raise_all<kMode>(y, ones);
     }
+    pack(y);
     norms = group_.exchange(norms, lane_.index, plus);
     constexpr float kTiny = 1e-36f, kHuge = 1e37f;
     const bool safe = fminf(norms.x, norms.y) > kTiny && fmaxf(norms.x, norms.y) < kHuge;
@@ -266,7 +274,9 @@ class Focus {
     const float own = largest > 0.0f ? 1.0f / largest : 1.0f;
     float prescale[4];
     quad_gather(prescale, own);
-    norms = group_.exchange(raise_all<kAnyPower>(y, prescale), lane_.index, plus);
+    norms = raise_all<kAnyPower>(y, prescale);
+    pack(y);
+    norms = group_.exchange(norms, lane_.index, plus);
     use(y, Norms{norms.x, norms.y, own});
   }
 

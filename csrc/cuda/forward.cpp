@@ -8,7 +8,7 @@ namespace flatten::cuda::tensorcore {
 namespace {
 
 template <Dtype kDtype>
-const ForwardKernels* kernels_of(const AttentionForward& p) {
+const ForwardKernels* kernels_of(const AttentionInputs& p) {
   const bool cubic = p.mapping.focused && p.mapping.focusing_factor == 3;
   switch (p.geometry.head_dim) {
     case 16:
@@ -24,7 +24,7 @@ const ForwardKernels* kernels_of(const AttentionForward& p) {
   }
 }
 
-const ForwardKernels* kernels_of(const AttentionForward& p) {
+const ForwardKernels* kernels_of(const AttentionInputs& p) {
   switch (p.dtype) {
     case Dtype::kBFloat16:
       return kernels_of<Dtype::kBFloat16>(p);
@@ -65,6 +65,22 @@ std::int64_t state_bytes(const AttentionForward& p) {
   return (state_elements(p.geometry) * 4 + 255) / 256 * 256;
 }
 
+StateParams state_params_of(const AttentionInputs& p, const WindowGrid& keys, const Chunks& chunks,
+                            float* partial) {
+  const Geometry& g = p.geometry;
+  FocusParams focus = focus_of(p);
+  focus.key_bias = floats(p.mapping.key_bias);
+  return {keys,
+          focus,
+          tokens(p.key),
+          tokens(p.value),
+          static_cast<int>(g.channels()),
+          static_cast<int>(g.window_keys()),
+          chunks.chunk,
+          chunks.groups,
+          partial};
+}
+
 }  // namespace
 
 bool takes(const AttentionForward& p, const Device& device) {
@@ -100,17 +116,7 @@ cudaError_t launch(const AttentionForward& p, const Device& device, void* worksp
   }
   float* partial = plan.chunks.chunks > 1 ? reinterpret_cast<float*>(scratch) : state;
 
-  FocusParams focus = focus_of(p);
-  focus.key_bias = floats(p.mapping.key_bias);
-  const StateParams state_params{plan.keys,
-                                 focus,
-                                 tokens(p.key),
-                                 tokens(p.value),
-                                 channels,
-                                 static_cast<int>(g.window_keys()),
-                                 plan.chunks.chunk,
-                                 plan.chunks.groups,
-                                 partial};
+  const StateParams state_params = state_params_of(p, plan.keys, plan.chunks, partial);
   cudaError_t error = kernels.state(state_params, plan.chunks.chunks, plan.windows, stream);
   if (error == cudaSuccess && plan.chunks.chunks > 1) {
     error =
@@ -134,6 +140,15 @@ cudaError_t launch(const AttentionForward& p, const Device& device, void* worksp
                                    plan.strips.rows};
   return kernels.output(output_params, plan.taps, dim3(plan.strips.strips, plan.strips.runs, plan.windows),
                         stream);
+}
+
+cudaError_t launch_state(const AttentionInputs& p, float* state, const Device& device, cudaStream_t stream) {
+  const Geometry& g = p.geometry;
+  const int windows = static_cast<int>(g.batch * g.windows()), channels = static_cast<int>(g.channels());
+  Chunks whole(static_cast<int>(g.window_keys()), windows,
+               max_threads(static_cast<int>(g.head_dim)) / channels, device);
+  whole.chunk = static_cast<int>(g.window_keys());
+  return kernels_of(p)->state(state_params_of(p, grid_of(g), whole, state), 1, windows, stream);
 }
 
 }  // namespace flatten::cuda::tensorcore

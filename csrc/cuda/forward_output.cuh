@@ -87,7 +87,7 @@ __device__ __forceinline__ void pack_state(uint4* fragments, const float* s, con
   for (int slice = 0; slice < Traits::kSlices; ++slice) {
     const int row = slice * kSliceChannels + 8 * lane.t;
     const float* from = s + row * kHeadDim + lane.g;
-#pragma unroll
+#pragma unroll 4
     for (int b = 0; b < Traits::kBlocks; ++b) {
       float v[8] = {};
       if (kHeadDim > 16 || lane.t / 2 == b / 2) {
@@ -216,22 +216,27 @@ __global__ void __launch_bounds__(max_threads(kHeadDim, kTaps))
     if (!patch_inside) continue;
 
     uint32_t q[Traits::kSlices][4][4];
-    float eps[4];
-    focus(own_queries, [&](const float (&powers)[Traits::kSlices][4][8], const Norms& norms) {
-      quad_gather(eps, __fdividef(params.eps * state_scale, phi_factor(norms)));
+    float eps[4], room[4];
+    focus(
+        own_queries,
+        [&](const float (&powers)[Traits::kSlices][4][8]) {
 #pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const float room = room_for_query<T, Traits::kSlices>(powers, r);
-        eps[r] *= room;
+          for (int r = 0; r < 4; ++r) {
+            room[r] = room_for_query<T, Traits::kSlices>(powers, r);
 #pragma unroll
-        for (int s = 0; s < Traits::kSlices; ++s) {
+            for (int s = 0; s < Traits::kSlices; ++s) {
 #pragma unroll
-          for (int w = 0; w < 4; ++w) {
-            q[s][r][w] = Pair<T>::pack(powers[s][r][2 * w] * room, powers[s][r][2 * w + 1] * room);
+              for (int w = 0; w < 4; ++w) {
+                q[s][r][w] = Pair<T>::pack(powers[s][r][2 * w] * room[r], powers[s][r][2 * w + 1] * room[r]);
+              }
+            }
           }
-        }
-      }
-    });
+        },
+        [&](const Norms& norms) {
+          quad_gather(eps, __fdividef(params.eps * state_scale, phi_factor(norms)));
+        });
+#pragma unroll
+    for (int r = 0; r < 4; ++r) eps[r] *= room[r];
     char* to[4];
     bool inside[4];
 #pragma unroll

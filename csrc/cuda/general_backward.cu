@@ -98,7 +98,8 @@ struct BackwardPlan {
     };
     if (call.attention) {
       call.state = params.state ? params.state : take(state_bytes(g, params.dtype));
-      *state_scratch = params.state ? nullptr : take(state_workspace_bytes(params, device));
+      *state_scratch =
+          params.state || on_tensor_cores ? nullptr : take(state_workspace_bytes(params, device));
       call.grad_state = take(state_bytes(g, params.dtype));
       call.grad_partials =
           take(call.queries.chunks > 1 ? pairs * call.queries.chunks * call.plan.state() * size : 0);
@@ -159,7 +160,10 @@ cudaError_t launch(const AttentionBackward& params, const Device& device, void* 
   plan.place(workspace, device, &state_scratch);
   cudaError_t error = cudaSuccess;
   if (plan.call.attention && !params.state) {
-    error = launch_state(params, const_cast<void*>(plan.call.state), device, state_scratch, stream);
+    void* state = const_cast<void*>(plan.call.state);
+    error = plan.on_tensor_cores
+                ? tensorcore::launch_state(params, static_cast<float*>(state), device, stream)
+                : launch_state(params, state, device, state_scratch, stream);
   }
   if (error == cudaSuccess && plan.on_tensor_cores) {
     error = tensorcore::launch(

@@ -13,6 +13,11 @@ std::int64_t workspace_bytes(const AttentionForward& params, const Device& devic
 cudaError_t launch(const AttentionForward& params, const Device& device, void* workspace,
                    cudaStream_t stream);
 
+/// S and m of every window alone, one block each, for a backward pass that was not given them: where windows
+/// are small. The call is one that `takes` (backward).
+cudaError_t launch_state(const AttentionInputs& params, float* state, const Device& device,
+                         cudaStream_t stream);
+
 /// Focused attention in bf16 with head dimension 32 and up to 256 channels, where the gradients of q, k and v
 /// are all asked for; otherwise as forward. The taps' own gradients and the sums of `scale_partials` are the
 /// general implementation's.
