@@ -126,7 +126,7 @@ __device__ __forceinline__ float room_for_query(const float (&powers)[kSlices][4
 }
 
 template <typename T, int kHeadDim, int kTaps, int kMode>
-__global__ void __launch_bounds__(max_threads(kHeadDim, kTaps))
+__global__ void __launch_bounds__(max_threads(kHeadDim, kTaps), 1)
     forward_output(const __grid_constant__ OutputParams params) {
 #if __CUDA_ARCH__ >= 800
   using Traits = OutputTraits<T, kHeadDim, kTaps>;

@@ -126,11 +126,13 @@ struct WindowState {
           const int k = (kPartners > 1 ? head * kHeadDim + p * 32 : warp * 32) + 8 * lane.t + 2 * w + e;
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            if (kHeadDim == 16 && lane.t / 2 != i) continue;
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
               const int v = (warp * kSliceChannels + 16 * i + 8 * h + lane.g) % kHeadDim;
-              state[static_cast<int64_t>(k) * kHeadDim + v] = s[p][w][i][2 * h + e] * scale;
+              float x = s[p][w][i][2 * h + e] * scale;
+              // Head dimension 16: one i of the two, but an index known only at run time would cost a stack.
+              if constexpr (kHeadDim == 16) asm volatile("" : "+f"(x));
+              if (kHeadDim > 16 || lane.t / 2 == i) state[static_cast<int64_t>(k) * kHeadDim + v] = x;
             }
           }
           if (warp % kPartners == 0 && lane.g == 0) {
