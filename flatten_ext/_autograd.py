@@ -12,6 +12,7 @@ the reference runs: its operations carry tangents, a kernel would drop them sile
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from . import _load as _load  # registers torch.ops.flatten, whose handles are taken below
 from . import reference
 
 _ops = torch.ops.flatten
@@ -31,6 +33,16 @@ _after_autograd = torch._C._after_autograd_keyset
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _autograd_keys = DispatchKeySet(DispatchKey.AutogradFunctionality) | DispatchKeySet(
     DispatchKey.ADInplaceOrView
+)
+
+# The operators' handles: a call that records nothing goes on below autograd through redispatch_boxed, as
+# torch's own autograd fallback does, without the Python that OpOverload puts before it.
+_attention, _linear_attention, _depthwise_conv = (
+    op.default._handle for op in (_ops.attention, _ops.linear_attention, _ops.depthwise_conv)
+)
+_attention_forward, _attention_backward, _depthwise_conv_backward = (
+    op.default._handle
+    for op in (_ops.attention_forward, _ops.attention_backward, _ops.depthwise_conv_backward)
 )
 
 # What is saved for backward beside q, k and v may add this much memory; beyond it S and m are computed again.
@@ -94,8 +106,7 @@ class _Forward(_SingleLevelFunction):
 
     @staticmethod
     def forward(ctx, family, options, save_state, *tensors):
-        # Autograd is off for this level by its dispatch keys; grad mode is on for torch.func's levels below.
-        with _below_autograd(), torch.enable_grad():
+        with _this_level_off():
             out, state = family.forward(tensors, options, save_state)
         ctx.family, ctx.options = family, options
         ctx.save_for_backward(state, *tensors)
@@ -116,7 +127,7 @@ class _Backward(_SingleLevelFunction):
 
     @staticmethod
     def forward(ctx, family, options, mask, state, grad_out, *tensors):
-        with _below_autograd(), torch.enable_grad():
+        with _this_level_off():
             gradients = family.backward(grad_out, tensors, options, state, mask)
         ctx.family, ctx.options, ctx.mask = family, options, mask
         ctx.save_for_backward(grad_out, *tensors)
@@ -171,6 +182,17 @@ def _apply(function: Any, *args):
         return function.apply(*args)
 
 
+def _this_level_off() -> AbstractContextManager:
+    """Switches autograd off for the level whose forward runs: by its dispatch keys. Grad mode, which is off in a
+    forward, stays on for torch.func's levels below."""
+    if not torch._C._are_functorch_transforms_active():
+        return _below_autograd()
+    levels_below = ExitStack()
+    levels_below.enter_context(_below_autograd())
+    levels_below.enter_context(torch.enable_grad())
+    return levels_below
+
+
 def _in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
@@ -189,10 +211,10 @@ def _attention_autograd(
         return _attention_reference(tensors, options)
     if _records(*tensors):
         return _apply(_Forward, ATTENTION, options, _worth_saving(q, k, num_heads, window), *tensors)[0]
-    with _below_autograd():
-        return _ops.attention.default.redispatch(
-            keyset & _after_autograd, *attention_arguments(tensors, options)
-        )
+    return _attention.redispatch_boxed(
+        keyset & _after_autograd, q, k, v, num_heads, scale, key_bias, dwc_weight, dwc_bias,
+        size, window, shift, focusing_factor, eps,
+    )  # fmt: skip
 
 
 def _linear_attention_autograd(
@@ -204,10 +226,9 @@ def _linear_attention_autograd(
         return _attention_reference(tensors, options)
     if _records(*tensors):
         return _apply(_Forward, ATTENTION, options, _worth_saving(q, k, num_heads, window), *tensors)[0]
-    with _below_autograd():
-        return _ops.linear_attention.default.redispatch(
-            keyset & _after_autograd, q, k, v, num_heads, dwc_weight, dwc_bias, size, window, shift, eps
-        )
+    return _linear_attention.redispatch_boxed(
+        keyset & _after_autograd, q, k, v, num_heads, dwc_weight, dwc_bias, size, window, shift, eps
+    )
 
 
 def _conv_autograd(keyset, x, weight, bias, size, window=None, shift=None):
@@ -216,8 +237,7 @@ def _conv_autograd(keyset, x, weight, bias, size, window=None, shift=None):
         return CONV.reference(tensors, options)
     if _records(*tensors):
         return _apply(_Forward, CONV, options, False, *tensors)[0]
-    with _below_autograd():
-        return _ops.depthwise_conv.default.redispatch(keyset & _after_autograd, *tensors, *options)
+    return _depthwise_conv.redispatch_boxed(keyset & _after_autograd, x, weight, bias, size, window, shift)
 
 
 def _attention_forward_autograd(
@@ -229,10 +249,9 @@ def _attention_forward_autograd(
     options = (num_heads, size, window, shift, focusing_factor, eps)
     if _records(*tensors):
         return _apply(_Forward, ATTENTION, options, save_state, *tensors)
-    with _below_autograd():
-        return _ops.attention_forward.default.redispatch(
-            keyset & _after_autograd, *attention_arguments(tensors, options), save_state
-        )
+    return _attention_forward.redispatch_boxed(
+        keyset & _after_autograd, *attention_arguments(tensors, options), save_state
+    )
 
 
 def _attention_backward_autograd(
@@ -245,10 +264,9 @@ def _attention_backward_autograd(
         return list(reference_gradients(ATTENTION, options, output_mask, grad_out, tensors))
     if _records(grad_out, *tensors):
         return list(_apply(_Backward, ATTENTION, options, output_mask, state, grad_out, *tensors))
-    with _below_autograd():
-        return _ops.attention_backward.default.redispatch(
-            keyset & _after_autograd, grad_out, *attention_arguments(tensors, options), state, output_mask
-        )
+    return _attention_backward.redispatch_boxed(
+        keyset & _after_autograd, grad_out, *attention_arguments(tensors, options), state, output_mask
+    )
 
 
 def _conv_backward_autograd(keyset, grad_out, x, weight, bias, size, window, shift, output_mask):
@@ -257,10 +275,9 @@ def _conv_backward_autograd(keyset, grad_out, x, weight, bias, size, window, shi
         return list(reference_gradients(CONV, options, output_mask, grad_out, tensors))
     if _records(grad_out, *tensors):
         return list(_apply(_Backward, CONV, options, output_mask, None, grad_out, *tensors))
-    with _below_autograd():
-        return _ops.depthwise_conv_backward.default.redispatch(
-            keyset & _after_autograd, grad_out, *tensors, *options, output_mask
-        )
+    return _depthwise_conv_backward.redispatch_boxed(
+        keyset & _after_autograd, grad_out, *tensors, *options, output_mask
+    )
 
 
 _library.impl("attention", _attention_autograd, "Autograd", with_keyset=True)

@@ -61,23 +61,25 @@ void check_scale_values(const AttentionInputs& in) {
   }
 }
 
-/// Runs the forward; returns the output and, if asked for, S and m.
-std::tuple<Tensor, Tensor> run_forward(AttentionArgs& args, bool save_state) {
+/// Runs the forward. A `state` that is not null becomes S and m, or empty unless they are asked for.
+Tensor run_forward(AttentionArgs& args, Tensor* state = nullptr, bool save_state = false) {
   AttentionForward forward;
   check(args, forward);
   check_scale_values(forward);
   const Geometry& g = forward.geometry;
   Tensor out = empty_on_device_of(args.q, {g.batch, g.queries, g.channels()}, forward.dtype);
-  Tensor state =
-      empty_on_device_of(args.q, {save_state ? state_elements(g) : 0}, accumulate_dtype(forward.dtype));
+  if (state) {
+    const std::int64_t elements = save_state ? state_elements(g) : 0;
+    *state = empty_on_device_of(args.q, {elements}, accumulate_dtype(forward.dtype));
+  }
   if (is_empty(g)) {
-    if (save_state) torch::stable::zero_(state);
-    return {std::move(out), std::move(state)};
+    if (save_state) torch::stable::zero_(*state);
+    return out;
   }
   forward.out = writable(out);
-  if (save_state) forward.state = state.mutable_data_ptr();
+  if (save_state) forward.state = state->mutable_data_ptr();
   kernels().attention_forward(forward, torch_threads());
-  return {std::move(out), std::move(state)};
+  return out;
 }
 
 std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, std::int64_t num_heads,
@@ -88,7 +90,9 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, std::
                                              bool save_state) {
   AttentionArgs args{q,        k,    v,      num_heads, scale,           key_bias, dwc_weight,
                      dwc_bias, size, window, shift,     focusing_factor, eps};
-  return run_forward(args, save_state);
+  Tensor state;
+  Tensor out = run_forward(args, &state, save_state);
+  return {std::move(out), std::move(state)};
 }
 
 Tensor attention(Tensor q, Tensor k, Tensor v, std::int64_t num_heads, OptionalTensor scale,
@@ -97,7 +101,7 @@ Tensor attention(Tensor q, Tensor k, Tensor v, std::int64_t num_heads, OptionalT
                  double eps) {
   AttentionArgs args{q,        k,    v,      num_heads, scale,           key_bias, dwc_weight,
                      dwc_bias, size, window, shift,     focusing_factor, eps};
-  return std::get<0>(run_forward(args, /*save_state=*/false));
+  return run_forward(args);
 }
 
 Tensor linear_attention(Tensor q, Tensor k, Tensor v, std::int64_t num_heads, OptionalTensor dwc_weight,
@@ -105,7 +109,7 @@ Tensor linear_attention(Tensor q, Tensor k, Tensor v, std::int64_t num_heads, Op
                         double eps) {
   AttentionArgs args{q,        k,    v,      num_heads, {},           {}, dwc_weight,
                      dwc_bias, size, window, shift,     std::nullopt, eps};
-  return std::get<0>(run_forward(args, /*save_state=*/false));
+  return run_forward(args);
 }
 
 std::vector<Tensor> attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, std::int64_t num_heads,
