@@ -110,14 +110,17 @@ class _Forward(_SingleLevelFunction):
             out, state = family.forward(tensors, options, save_state)
         ctx.family, ctx.options = family, options
         ctx.save_for_backward(state, *tensors)
+        ctx.set_materialize_grads(False)  # the state has none: no zeros of its size
         if state is not None:
             ctx.mark_non_differentiable(state)
         return out, state
 
     @staticmethod
     def backward(ctx, grad_out, grad_state):
-        state, *tensors = ctx.saved_tensors
         mask = ctx.needs_input_grad[3:]
+        if grad_out is None:
+            return None, None, None, *(None for _ in mask)
+        state, *tensors = ctx.saved_tensors
         gradients = iter(ctx.family.backward(grad_out, tensors, ctx.options, state, list(mask)))
         return None, None, None, *(next(gradients) if wanted else None for wanted in mask)
 
@@ -183,8 +186,8 @@ def _apply(function: Any, *args):
 
 
 def _this_level_off() -> AbstractContextManager:
-    """Switches autograd off for the level whose forward runs: by its dispatch keys. Grad mode, which is off in a
-    forward, stays on for torch.func's levels below."""
+    """Switches autograd off for the level whose forward runs, by its dispatch keys. Grad mode, off in a
+    forward, comes on for torch.func's levels below."""
     if not torch._C._are_functorch_transforms_active():
         return _below_autograd()
     levels_below = ExitStack()

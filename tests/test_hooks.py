@@ -159,6 +159,22 @@ def test_per_sample_gradients():
         assert relative_error(a, b) < 1e-12
 
 
+def test_an_undefined_gradient_stays_undefined():
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    arguments = with_gradients(CASES["taps"].arguments(torch.float32))
+    tensors = [arguments[k] for k in tensors_of(arguments)]
+    stopped = Stop.apply(ops.attention(**arguments)).sum()
+    assert torch.autograd.grad(stopped, tensors, allow_unused=True) == (None,) * len(tensors)
+
+
 def test_activation_checkpointing_recomputes():
     arguments = with_gradients(CASES["shifted"].arguments(torch.float64))
     function, tensors = as_function(ops.attention, arguments)
