@@ -181,6 +181,37 @@ def test_compare_flags_slow_downs_beyond_noise(tmp_path, capsys, compare):
         compare.main([before, str(tmp_path / "c.json")])
 
 
+def test_goals_are_measured_and_judged(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    goals = importlib.import_module("cpu_goals")
+    least, most = (goals.Goal(1, "x", 2.0, sense, 2.0) for sense in (">=", "<="))
+    assert (least.met, dataclasses.replace(least, figure=1.9).met) == (True, False)
+    assert (most.met, dataclasses.replace(most, figure=2.1).met) == (True, False)
+    assert dataclasses.replace(least, figure=None).met is None
+
+    output = tmp_path / "goals.json"
+    assert goals.main(["--quick", "--output", str(output)]) == 0
+    assert "of torch.mm's rate" in capsys.readouterr().out
+    record = json.loads(output.read_text())
+    assert {goal["number"] for goal in record["goals"]} == set(range(1, 9))
+    for goal in record["goals"]:
+        assert goal["figure"] is None or goal["figure"] >= 0, goal
+    timed = Results.read(output)
+    assert set(timed.contenders("stages")) >= {"mm", "flatten", "flatten bf16", "eager", "softmax"}
+    assert timed.thread_counts("threads") == [1, 2]
+
+
+def test_saved_bytes_are_those_of_what_is_kept(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    goals = importlib.import_module("cpu_goals")
+    inputs = make_inputs(SMALL, CPU)
+
+    def keeps_two(q, k, *others):
+        return (q * 2).exp() + k.relu()  # the outputs of exp and relu; q * 2 needs nothing
+
+    assert goals.saved_bytes(keeps_two, inputs, SMALL) == 2 * inputs.q.nbytes
+
+
 def test_analysis_sees_rank_and_entropy():
     torch.manual_seed(0)
     images = torch.randn(2, 1, 28, 28)

@@ -21,6 +21,7 @@ __all__ = [
     "LABELS",
     "MODES",
     "Measurement",
+    "contenders",
     "geometric_mean",
     "modes_of",
     "record",
@@ -102,7 +103,7 @@ def measure(
     return results
 
 
-def _contenders(
+def contenders(
     shape: Shape, device: torch.device, names: Iterable[str], op: Callable[..., Tensor]
 ) -> dict[str, dict[str, Callable[[], object]]]:
     """The calls of the named contenders, checked."""
@@ -135,7 +136,7 @@ def run_stages(
     """
     names = [name for name in LABELS if compiled or name != "compile"]
     for shape in shapes:
-        yield measure("stages", shape, _contenders(shape, device, names, op), device, seconds)
+        yield measure("stages", shape, contenders(shape, device, names, op), device, seconds)
 
 
 def geometric_mean(ratios: Sequence[float]) -> float:

@@ -87,6 +87,7 @@ def in_turn(
     rounds: int = 40,
     at_least: int = 5,
     give_up_ms: float = 4000,
+    prepare: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Timing]:
     """Times every call in rounds of one call each.
 
@@ -96,9 +97,11 @@ def in_turn(
         seconds: time to spend on each call, on average.
         rounds, at_least: bounds on the number of rounds.
         give_up_ms: a call whose first run takes longer is timed on that run alone.
+        prepare: called with the name before every timed call, and not timed.
     """
     first: dict[str, float] = {}
     for name, call in calls.items():
+        prepare(name)
         call()  # compiles, packs weights, faults pages in
         first[name] = _once(call, device)
     racing = [name for name in calls if first[name] <= give_up_ms]
@@ -109,6 +112,7 @@ def in_turn(
             break
         for i in range(len(racing)):
             name = racing[(turn + i) % len(racing)]
+            prepare(name)
             samples[name].append(_once(calls[name], device))
     timings = {}
     for name in calls:
