@@ -21,7 +21,6 @@ struct Sums {
 template <class T>
 struct Features {
   T* z;
-  T* biased;  // rows of k + key_bias, where there is a key_bias
   Norms<T> norms;
 };
 
@@ -67,8 +66,8 @@ class AttentionKernel {
         keys_(Grid::make(in.geometry, in.geometry.window_keys(), static_cast<bool>(in.taps))),
         queries_(Grid::make(in.geometry, in.geometry.window_queries(), static_cast<bool>(in.taps))),
         gemm_(Gemm<T>::select(c_.dim, c_.padded)),
-        focus_(Focus<X, X, T>::select(in.mapping)),
-        focus_biased_(Focus<T, X, T>::select(in.mapping)),
+        focus_query_(Focus<X, T>::select(in.mapping, {}, c_)),
+        focus_key_(Focus<X, T>::select(in.mapping, in.mapping.key_bias, c_)),
         eps_(static_cast<T>(in.eps)) {}
 
   i64 pairs() const { return geometry_.batch * geometry_.windows(); }
@@ -96,23 +95,15 @@ class AttentionKernel {
   Features<T> take_features(Arena& arena) const {
     Features<T> features;
     features.z = arena.take<T>(c_.block());
-    features.biased = in_.mapping.key_bias ? arena.take<T>(kBlock * c_.count()) : nullptr;
     return features;
   }
 
   void map_queries(const Block& block, const FocusParameters<T>& f, Features<T>& to) const {
-    focus_.forward(rows_of<X>(in_.query, block).at, block.count, to.z, c_, f, to.norms);
+    focus_query_.forward(rows_of<X>(in_.query, block).at, {}, block.count, to.z, c_, f, to.norms);
   }
-
+  BiasRows bias_rows(const Block& block) const { return {in_.mapping.key_bias.data, block.position}; }
   void map_keys(const Block& block, const FocusParameters<T>& f, Features<T>& to) const {
-    const Rows<const X> keys = rows_of<X>(in_.key, block);
-    if (!in_.mapping.key_bias) return focus_.forward(keys.at, block.count, to.z, c_, f, to.norms);
-    const T* biased[kBlock];
-    for (int t = 0; t < block.count; ++t) {
-      biased[t] = to.biased + t * c_.count();
-      add_bias_row(keys[t], in_.mapping.key_bias, block.position[t], c_.count(), to.biased + t * c_.count());
-    }
-    focus_biased_.forward(biased, block.count, to.z, c_, f, to.norms);
+    focus_key_.forward(rows_of<X>(in_.key, block).at, bias_rows(block), block.count, to.z, c_, f, to.norms);
   }
 
   /// Adds positions [begin, end) of a window to S = sum of K^T V / M and m = sum of K / M. The factors of the
@@ -152,8 +143,11 @@ class AttentionKernel {
     const i64 rows = c_.heads * (c_.dim + 1);
     for (i64 i = 0; i < rows; ++i) unpack(sums.s + i * c_.padded, to + i * c_.dim, c_.dim);
   }
+  const T* state_of(i64 pair, const void* state) const {
+    return static_cast<const T*>(state) + pair * (c_.dim + 1) * c_.count();
+  }
   void load_state(i64 pair, const void* state, const Sums<T>& sums) const {
-    const T* from = static_cast<const T*>(state) + pair * (c_.dim + 1) * c_.count();
+    const T* from = state_of(pair, state);
     const i64 rows = c_.heads * (c_.dim + 1);
     for (i64 i = 0; i < rows; ++i) pack(from + i * c_.dim, sums.s + i * c_.padded, c_.dim, T(1));
   }
@@ -163,8 +157,7 @@ class AttentionKernel {
   Channels c_;
   Grid keys_, queries_;
   Gemm<T> gemm_;
-  Focus<X, X, T> focus_;
-  Focus<T, X, T> focus_biased_;
+  Focus<X, T> focus_query_, focus_key_;
   T eps_;
 };
 

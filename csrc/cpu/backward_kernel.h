@@ -1,7 +1,7 @@
-// The backward pass of one call. Per window and head, with W = g S^T and the features kept as factor * z^p:
+// The backward pass of one call. Per window and head, with the features kept as factor * z^p:
 //
-//     query pass   a = 1 / (z^p m + eps / factor)     b = a^2 (z^p . W)
-//                  factor dQ = a W - b m              dS = sum of (z^p)^T (a g)     dm = -sum of b z^p
+//     query pass   a = 1 / (z^p m + eps / factor)     W = (a g) S^T                b = a (z^p . W)
+//                  factor dQ = W - b m                dS = sum of (z^p)^T (a g)    dm = -sum of b z^p
 //     key pass     dK = (V dS^T + dm) / M             dV = K dS / M + flipped taps of g
 //
 // W gives both dQ and the quotient's derivative, so the output is not computed again.
@@ -14,7 +14,7 @@ namespace flatten::cpu::FLATTEN_ISA {
 template <class X>
 class BackwardKernel : AttentionKernel<X> {
   using Base = AttentionKernel<X>;
-  using Base::c_, Base::eps_, Base::focus_, Base::focus_biased_, Base::gemm_, Base::geometry_, Base::in_,
+  using Base::c_, Base::eps_, Base::focus_key_, Base::focus_query_, Base::gemm_, Base::geometry_, Base::in_,
       Base::keys_, Base::queries_;
   using typename Base::T;
 
@@ -54,11 +54,15 @@ class BackwardKernel : AttentionKernel<X> {
       const i64 end = schedule.begin(schedule.whole, slot + 1);
       for (i64 pair = schedule.begin(schedule.whole, slot); pair < end; ++pair) {
         if (needs_attention()) {
-          load_or_sum(pair, scratch);
-          transpose_matrices(scratch.sums.s, scratch.transposed);
+          if (!p_.state) {
+            clear(scratch.sums);
+            Base::sum_keys(pair, 0, keys_.tokens(), scratch.focus, scratch.features, scratch.packed,
+                           scratch.sums);
+          }
+          take_sums(pair, scratch);
           clear(scratch.gradients);
           query_pass(pair, 0, queries_.tokens(), scratch, scratch.gradients);
-          take_mean(scratch);
+          transpose_matrices(scratch.gradients.s, scratch.transposed);
         }
         key_pass(pair, 0, tiling_.count(), scratch);
       }
@@ -148,11 +152,17 @@ class BackwardKernel : AttentionKernel<X> {
     }
   }
 
-  void load_or_sum(i64 pair, const Scratch& scratch) const {
-    if (p_.state) return Base::load_state(pair, p_.state, scratch.sums);
-    clear(scratch.sums);
-    Features<T> features = scratch.features;
-    Base::sum_keys(pair, 0, keys_.tokens(), scratch.focus, features, scratch.packed, scratch.sums);
+  /// S^T and m for the query pass, from the state if there is one, else from `sums`.
+  void take_sums(i64 pair, const Scratch& scratch) const {
+    if (p_.state && c_.dim == c_.padded) {  // the state is laid out as `sums` are
+      const T* state = Base::state_of(pair, p_.state);
+      transpose_matrices(state, scratch.transposed);
+      __builtin_memcpy(scratch.sums.m, state + c_.matrices(),
+                       static_cast<std::size_t>(c_.count()) * sizeof(T));
+      return;
+    }
+    if (p_.state) Base::load_state(pair, p_.state, scratch.sums);
+    transpose_matrices(scratch.sums.s, scratch.transposed);
   }
 
   /// A pair whose tokens all slots share.
@@ -168,12 +178,8 @@ class BackwardKernel : AttentionKernel<X> {
     };
     auto queries = [&](int slot) {
       Scratch scratch = make_scratch(shared, slot);
-      if (p_.state) {
-        Base::load_state(pair, p_.state, scratch.sums);
-      } else {
-        add_partials(shared.partial_sums, stride, slots, scratch.sums);
-      }
-      transpose_matrices(scratch.sums.s, scratch.transposed);
+      if (!p_.state) add_partials(shared.partial_sums, stride, slots, scratch.sums);
+      take_sums(pair, scratch);
       const Sums<T> gradients = Base::sums_at(shared.partial_gradients + slot * stride);
       clear(gradients);
       query_pass(pair, schedule.begin(queries_.tokens(), slot), schedule.begin(queries_.tokens(), slot + 1),
@@ -183,7 +189,7 @@ class BackwardKernel : AttentionKernel<X> {
       Scratch scratch = make_scratch(shared, slot);
       if (needs_attention()) {
         add_partials(shared.partial_gradients, stride, slots, scratch.gradients);
-        take_mean(scratch);
+        transpose_matrices(scratch.gradients.s, scratch.transposed);
       }
       key_pass(pair, schedule.begin(tiling_.count(), slot), schedule.begin(tiling_.count(), slot + 1),
                scratch);
@@ -202,19 +208,11 @@ class BackwardKernel : AttentionKernel<X> {
     for (int s = 0; s < slots; ++s) add_to(sums.s, partials + s * stride, Base::sums_elements());
   }
 
-  /// dS and dm of the mean: over M, and dS^T beside them.
-  void take_mean(const Scratch& scratch) const {
-    const T mean = 1 / static_cast<T>(geometry_.window_keys());
-    T* sums = scratch.gradients.s;
-    for (i64 i = 0; i < Base::sums_elements(); i += kLanes<T>) store(sums + i, load(sums + i) * mean);
-    transpose_matrices(sums, scratch.transposed);
-  }
-
   /// dq of positions [begin, end) of a window, and their part of dS, dm (without the 1 / M) and dscale.
   void query_pass(i64 pair, i64 begin, i64 end, Scratch& scratch, const Sums<T>& gradients) const {
     T *g = scratch.packed, *w = scratch.gradient;
     Features<T>& features = scratch.features;
-    T ones[kBlock], rest[kBlock];
+    T ones[kBlock], rest[kBlock], a[kBlock], b[kBlock];
     for (T& one : ones) one = 1;
     Block block, next;
     Upcoming upcoming;
@@ -234,23 +232,24 @@ class BackwardKernel : AttentionKernel<X> {
       T dot[kBlock] = {};
       for (i64 h = 0; h < c_.heads; ++h) {
         const T* z = features.z + h * c_.head_stride();
+        const T* m = scratch.sums.m + h * c_.padded;
         T* wh = w + h * c_.head_stride();
-        pack_head(grad_out, block.count, h, c_, ones, g);
-        gemm_.product(block.count, c_.dim, c_.padded, g, scratch.transposed + h * c_.matrix(), ones, wh,
-                      upcoming);
-        query_head(block.count, rest, z, scratch.sums.m + h * c_.padded, g, wh, dot,
-                   gradients.m + h * c_.padded);
-        if (needs_sums_) {
-          gemm_.outer_product(block.count, c_.dim, c_.padded, z, g, gradients.s + h * c_.matrix(), upcoming);
-        }
+        row_dots(z, m, block.count, c_.padded, a);
+        for (int t = 0; t < block.count; ++t) a[t] = 1 / (a[t] + rest[t]);
+        pack_head(grad_out, block.count, h, c_, a, g);
+        gemm_.product(block.count, c_.dim, c_.padded, g, scratch.transposed + h * c_.matrix(), nullptr, ones,
+                      wh, upcoming);
+        quotient_rule(block.count, a, z, m, wh, b);
+        for (int t = 0; t < block.count; ++t) dot[t] -= b[t] * rest[t];
+        if (!needs_sums_) continue;
+        add_weighted_rows(z, b, block.count, c_.padded, gradients.m + h * c_.padded);
+        gemm_.outer_product(block.count, c_.dim, c_.padded, z, g, gradients.s + h * c_.matrix(), upcoming);
       }
       if (!needs_query_rows_) continue;
-      const Rows<const X> x = rows_of<X>(in_.query, block);
       const Rows<X> dx = rows_of<X>(p_.grad_query, block);
-      for (int t = 0; t < block.count; ++t) {
-        const RowGradient<X, T> to{p_.grad_query.data ? dx[t] : nullptr, nullptr, scratch.scale_sum};
-        focus_.backward(x[t], t, w, c_, scratch.focus, features.norms, dot[t], to);
-      }
+      const RowGradients<X, T> to{p_.grad_query.data ? dx.at : nullptr, nullptr, scratch.scale_sum};
+      focus_query_.backward(rows_of<X>(in_.query, block).at, {}, block.count, w, c_, scratch.focus,
+                            features.norms, dot, to);
     }
   }
 
@@ -267,37 +266,24 @@ class BackwardKernel : AttentionKernel<X> {
     if (p_.grad_key.data) upcoming.add(rows_of<X>(p_.grad_key, block), block.count, c_.count());
   }
 
-  /// One head of a block of queries: g becomes a g, w becomes factor dQ, dm takes its part. The row's sum of
-  /// z (a W - b m) is b eps / factor, which needs no difference of large numbers.
-  void query_head(int count, const T* rest, const T* z, const T* m, T* g, T* w, T* dot, T* dm) const {
-    const i64 padded = c_.padded;
-    T a[kBlock], b[kBlock];
-    row_dots(z, m, count, padded, a);
-    for (int t = 0; t < count; ++t) {
+  /// w += b m with b = -a (z . w), for the rows of one head of a block. The row's sum of z times the result
+  /// is b eps / factor, which needs no difference of large numbers.
+  void quotient_rule(int count, const T* a, const T* z, const T* m, T* w, T* b) const {
+    for (int t = 0; t < count; ++t, z += c_.padded, w += c_.padded) {
       Vec<T> zw = {};
-      for (i64 d = t * padded; d < (t + 1) * padded; d += kLanes<T>) zw = fma(load(z + d), load(w + d), zw);
-      b[t] = sum(zw);
+      for (i64 d = 0; d < c_.padded; d += kLanes<T>) zw = fma(load(z + d), load(w + d), zw);
+      b[t] = -a[t] * sum(zw);
+      const Vec<T> bt = broadcast(b[t]);
+      for (i64 d = 0; d < c_.padded; d += kLanes<T>) store(w + d, fma(load(m + d), bt, load(w + d)));
     }
-    for (int t = 0; t < count; ++t) {
-      a[t] = 1 / (a[t] + rest[t]);
-      b[t] = -b[t] * a[t] * a[t];
-      dot[t] -= b[t] * rest[t];
-    }
-    for (int t = 0; t < count; ++t, w += padded, g += padded) {
-      const Vec<T> at = broadcast(a[t]), bt = broadcast(b[t]);
-      for (i64 d = 0; d < padded; d += kLanes<T>) {
-        store(w + d, fma(load(w + d), at, load(m + d) * bt));
-        store(g + d, load(g + d) * at);
-      }
-    }
-    add_weighted_rows(z, b, count, padded, dm);
   }
 
   /// dk, dv and their part of dscale, dkey_bias, dweight, dbias of tiles [begin, end) of a window.
   void key_pass(i64 pair, i64 begin, i64 end, Scratch& scratch) const {
     const i64 image = Base::image(pair), window = Base::window(pair);
     Features<T>& features = scratch.features;
-    T ones[kBlock];
+    const T mean = 1 / static_cast<T>(geometry_.window_keys());
+    T ones[kBlock], weight[kBlock];
     for (T& one : ones) one = 1;
     Block block, next;
     Upcoming upcoming;
@@ -314,6 +300,7 @@ class BackwardKernel : AttentionKernel<X> {
         expect_queries(next, upcoming);
       }
       if (needs_sums_) Base::map_keys(block, scratch.focus, features);
+      for (int t = 0; t < block.count; ++t) weight[t] = features.norms.factor[t] * mean;
       const bool has_taps = needs_ring_ && !tile.is_prefix;
       if (has_taps) scratch.ring.begin_tile(p_.grad_out, keys_, image, window, tile);
       const Rows<const X> values = rows_of<X>(in_.value, block);
@@ -321,10 +308,10 @@ class BackwardKernel : AttentionKernel<X> {
       T dot[kBlock] = {};
       for (i64 h = 0; h < c_.heads; ++h) {
         if (needs_key_rows_ || p_.grad_weight) pack_head(values, block.count, h, c_, ones, scratch.packed);
-        if (needs_key_rows_) key_head(h, block.count, scratch, dot, upcoming);
+        if (needs_key_rows_) key_head(h, block.count, weight, scratch, dot, upcoming);
         if (p_.grad_value.data) {
           gemm_.product(block.count, c_.dim, c_.padded, features.z + h * c_.head_stride(),
-                        scratch.gradients.s + h * c_.matrix(), features.norms.factor, scratch.dv, upcoming);
+                        scratch.gradients.s + h * c_.matrix(), nullptr, weight, scratch.dv, upcoming);
         }
         if (has_taps) {
           taps_head(h, tile, scratch, grad_value, upcoming);
@@ -348,64 +335,44 @@ class BackwardKernel : AttentionKernel<X> {
     if (p_.grad_bias) sum_head(scratch.ring, tile, scratch.bias_sum + h * c_.padded);
   }
 
-  /// factor dK of one head of a block, and its part of every row's dot product with z.
-  void key_head(i64 h, int count, const Scratch& scratch, T* dot, Upcoming& upcoming) const {
-    const i64 padded = c_.padded;
-    const T* factor = scratch.features.norms.factor;
-    const T* dm = scratch.gradients.m + h * padded;
+  /// factor dK of one head of a block, and its part of every row's dot product with z. `weight`: factor / M.
+  void key_head(i64 h, int count, const T* weight, const Scratch& scratch, T* dot, Upcoming& upcoming) const {
     const T* z = scratch.features.z + h * c_.head_stride();
     T* r = scratch.gradient + h * c_.head_stride();
-    gemm_.product(count, c_.dim, padded, scratch.packed, scratch.transposed + h * c_.matrix(), factor, r,
-                  upcoming);
-    for (int t = 0; t < count; ++t, r += padded, z += padded) {
-      const Vec<T> f = broadcast(factor[t]);
+    gemm_.product(count, c_.dim, c_.padded, scratch.packed, scratch.transposed + h * c_.matrix(),
+                  scratch.gradients.m + h * c_.padded, weight, r, upcoming);
+    for (int t = 0; t < count; ++t, r += c_.padded, z += c_.padded) {
       Vec<T> zr = {};
-      for (i64 d = 0; d < padded; d += kLanes<T>) {
-        const Vec<T> rd = fma(load(dm + d), f, load(r + d));
-        zr = fma(load(z + d), rd, zr);
-        store(r + d, rd);
-      }
+      for (i64 d = 0; d < c_.padded; d += kLanes<T>) zr = fma(load(z + d), load(r + d), zr);
       dot[t] += sum(zr);
     }
   }
 
   /// dk of a block from factor dK.
   void key_rows(const Block& block, const Scratch& scratch, const T* dot) const {
-    const Features<T>& features = scratch.features;
-    const Rows<const X> keys = rows_of<X>(in_.key, block);
     const Rows<X> dx = rows_of<X>(p_.grad_key, block);
-    for (int t = 0; t < block.count; ++t) {
-      RowGradient<X, T> to{p_.grad_key.data ? dx[t] : nullptr, nullptr, scratch.scale_sum};
-      if (scratch.key_bias_sum) to.bias_sum = scratch.key_bias_sum + block.position[t] * c_.padded_count();
-      if (in_.mapping.key_bias) {
-        focus_biased_.backward(features.biased + t * c_.count(), t, scratch.gradient, c_, scratch.focus,
-                               features.norms, dot[t], to);
-      } else {
-        focus_.backward(keys[t], t, scratch.gradient, c_, scratch.focus, features.norms, dot[t], to);
-      }
-    }
+    const RowGradients<X, T> to{p_.grad_key.data ? dx.at : nullptr, scratch.key_bias_sum, scratch.scale_sum};
+    focus_key_.backward(rows_of<X>(in_.key, block).at, Base::bias_rows(block), block.count, scratch.gradient,
+                        c_, scratch.focus, scratch.features.norms, dot, to);
   }
 
   /// The slots' sums, in order, into the parameters' gradients.
   void write_gradients(const Shared& shared, int slots) const {
-    const auto total = [&](const T* sums, i64 stride, int count, i64 at) {
+    for (i64 c = 0; p_.grad_scale && c < c_.count(); ++c) {
+      // y = (relu(x) + eps) / scale, so dscale = -sum of dy y / scale.
       T sum = 0;
-      for (int s = 0; s < count; ++s) sum += sums[s * stride + at];
-      return sum;
-    };
-    for (i64 h = 0; h < c_.heads; ++h) {
-      for (i64 d = 0; d < c_.dim; ++d) {
-        const i64 from = h * c_.padded + d, to = h * c_.dim + d;
-        if (p_.grad_scale) {
-          // y = (relu(x) + eps) / scale, so dscale = -sum of dy y / scale.
-          const T sum = total(shared.scale, c_.padded_count(), slots, from);
-          write_parameter(p_.grad_scale, to, -sum / read_parameter<T>(in_.mapping.scale, to));
-        }
-        if (!p_.grad_key_bias) continue;
-        for (i64 j = 0; j < keys_.tokens(); ++j) {
-          write_parameter(
-              p_.grad_key_bias, j * c_.count() + to,
-              total(shared.key_bias, shared.bias_elements, shared.bias_slots, j * c_.padded_count() + from));
+      for (int s = 0; s < slots; ++s) {
+        sum += shared.scale[s * c_.padded_count() + c / c_.dim * c_.padded + c % c_.dim];
+      }
+      write_parameter(p_.grad_scale, c, -sum / read_parameter<T>(in_.mapping.scale, c));
+    }
+    for (i64 j = 0; p_.grad_key_bias && j < keys_.tokens(); ++j) {
+      for (i64 h = 0; h < c_.heads; ++h) {
+        for (i64 d = 0; d < c_.padded; d += kLanes<T>) {
+          const T* from = shared.key_bias + j * c_.padded_count() + h * c_.padded + d;
+          Vec<T> sum = load(from);
+          for (int s = 1; s < shared.bias_slots; ++s) sum = sum + load(from + s * shared.bias_elements);
+          store_parameter<T>(p_.grad_key_bias, j * c_.count() + h * c_.dim + d, sum, c_.dim - d);
         }
       }
     }

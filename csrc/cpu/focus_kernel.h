@@ -7,6 +7,8 @@
 // so that nothing over- or underflows for any p.
 #pragma once
 
+#include <type_traits>
+
 #include "rows_kernel.h"
 
 namespace flatten::cpu::FLATTEN_ISA {
@@ -60,15 +62,40 @@ FLATTEN_INLINE Vec<T> power_p_less_one(Vec<T> y, FocusParameters<T> f) {
   if constexpr (kP == 0) return power(y, f.p_less_one, f.p_less_one_rest);
 }
 
+/// The rows of key_bias that are added to a block's tokens; null data for none.
+struct BiasRows {
+  const void* data = nullptr;
+  const i64* position = nullptr;
+};
+/// In place of key_bias' element type.
+struct NoBias {};
+
+template <class B>
+FLATTEN_INLINE const B* bias_row(BiasRows bias, int t, i64 channels) {
+  if constexpr (std::is_same_v<B, NoBias>) return nullptr;
+  return static_cast<const B*>(bias.data) + (bias.data ? bias.position[t] * channels : 0);
+}
+
+/// What phi maps: kLanes elements of a row, of which `left` are the head's. kWhole: heads are whole vectors.
+template <bool kWhole, class X, class B>
+FLATTEN_INLINE Vec<Accumulate<X>> load_input(const X* x, const B* bias, i64 at, i64 left) {
+  const Vec<Accumulate<X>> xv = kWhole ? load(x + at) : load_at_most(x + at, left);
+  if constexpr (std::is_same_v<B, NoBias>) {
+    return xv;
+  } else {
+    return xv + (kWhole ? load(bias + at) : load_at_most(bias + at, left));
+  }
+}
+
 /// A row whose sums leave the safe range: y first, then z = y / max y.
-template <int kP, class X, class T>
-__attribute__((noinline)) void focus_row_safely(const X* x, int t, T* z, Channels c, FocusParameters<T> f,
-                                                Norms<T>& norms) {
+template <int kP, class X, class B, class T>
+__attribute__((noinline)) void focus_row_safely(const X* x, const B* bias, int t, T* z, Channels c,
+                                                FocusParameters<T> f, Norms<T>& norms) {
   z += t * c.padded;
   Vec<T> most = {};
   for (i64 h = 0; h < c.heads; ++h) {
     for (i64 d = 0; d < c.padded; d += kLanes<T>) {
-      const Vec<T> xv = load_at_most(x + h * c.dim + d, c.dim - d);
+      const Vec<T> xv = load_input<false>(x, bias, h * c.dim + d, c.dim - d);
       const Vec<T> y = (relu(xv) + f.eps) * load(f.inverse_scale + h * c.padded + d);
       most = larger(y, most);
       store(z + h * c.head_stride() + d, y);
@@ -95,16 +122,19 @@ __attribute__((noinline)) void focus_row_safely(const X* x, int t, T* z, Channel
 }
 
 /// y^p of R rows from row t on, and the sums of y^2 and y^2p.
-template <int kP, int R, class X, class T>
-FLATTEN_INLINE void focus_rows(const X* const* x, int t, T* z, Channels c, FocusParameters<T> f,
-                               Norms<T>& norms) {
+template <int kP, bool kWhole, int R, class B, class X, class T>
+FLATTEN_INLINE void focus_rows(const X* const* x, BiasRows bias, int t, T* z, Channels c,
+                               FocusParameters<T> f, Norms<T>& norms) {
   Vec<T> squares[R] = {}, powers[R] = {};
+  const X* row[R];
+  const B* row_bias[R];
+  for (int r = 0; r < R; ++r) row[r] = x[t + r], row_bias[r] = bias_row<B>(bias, t + r, c.count());
   for (i64 h = 0; h < c.heads; ++h) {
     T* zh = z + h * c.head_stride() + t * c.padded;
     for (i64 d = 0; d < c.padded; d += kLanes<T>) {
       const Vec<T> inverse_scale = load(f.inverse_scale + h * c.padded + d);
       for (int r = 0; r < R; ++r) {
-        const Vec<T> xv = load_at_most(x[t + r] + h * c.dim + d, c.dim - d);
+        const Vec<T> xv = load_input<kWhole>(row[r], row_bias[r], h * c.dim + d, c.dim - d);
         const Vec<T> y = (relu(xv) + f.eps) * inverse_scale;
         const Vec<T> yp = power_p<kP, T>(y, f);
         squares[r] = fma(y, y, squares[r]);
@@ -120,73 +150,107 @@ FLATTEN_INLINE void focus_rows(const X* const* x, int t, T* z, Channels c, Focus
 }
 
 /// Maps the rows x of a block into the head-major block z.
-template <int kP, class X, class T>
-void focus_block(const X* const* x, int count, T* z, Channels c, FocusParameters<T> f, Norms<T>& norms) {
+template <int kP, bool kWhole, class B, class X, class T>
+void focus_block(const X* const* x, BiasRows bias, int count, T* z, Channels c, FocusParameters<T> f,
+                 Norms<T>& norms) {
   constexpr T kSafe = sizeof(T) == 4 ? T(1e20) : T(1e100);
   int t = 0;
-  for (; t + 2 <= count; t += 2) focus_rows<kP, 2>(x, t, z, c, f, norms);
-  if (t < count) focus_rows<kP, 1>(x, t, z, c, f, norms);
+  for (; t + 4 <= count; t += 4) focus_rows<kP, kWhole, 4, B>(x, bias, t, z, c, f, norms);
+  for (; t < count; ++t) focus_rows<kP, kWhole, 1, B>(x, bias, t, z, c, f, norms);
   for (t = count; t % kLanes<T> != 0; ++t) norms.squares[t] = norms.powers[t] = 1;
+  bool all_safe = true;
   for (t = 0; t < kBlock && t < count; t += kLanes<T>) {
-    const Vec<T> ratio = load(norms.squares + t) / load(norms.powers + t);
-    store(norms.factor + t, kP == 1 ? broadcast(T(1)) : square_root(ratio));
+    const Vec<T> n = load(norms.squares + t), np = load(norms.powers + t);
+    store(norms.factor + t, kP == 1 ? broadcast(T(1)) : square_root(n / np));
     store(norms.inverse_divisor + t, broadcast(T(1)));
+    all_safe &= all_of((n > 1 / kSafe) & (n < kSafe) & (np > 1 / kSafe) & (np < kSafe));
   }
-  for (t = 0; kP != 1 && t < count; ++t) {
+  if (kP == 1 || all_safe) return;
+  for (t = 0; t < count; ++t) {
     const T n = norms.squares[t], np = norms.powers[t];
     const bool safe = n > 1 / kSafe && n < kSafe && np > 1 / kSafe && np < kSafe;
-    if (!safe) focus_row_safely<kP>(x[t], t, z, c, f, norms);
+    if (!safe) focus_row_safely<kP>(x[t], bias_row<B>(bias, t, c.count()), t, z, c, f, norms);
   }
 }
 
-/// Where the gradient of a row goes, besides scale: each may be null.
+/// Where the gradients of a block's rows go, besides scale: each may be null.
 template <class X, class T>
-struct RowGradient {
-  X* dx;         // rounded and stored
-  T* bias_sum;   // dx added, padded like a row
+struct RowGradients {
+  X* const* dx;  // rounded and stored
+  T* bias_sum;   // rows like key_bias' but padded, to which dx is added
   T* scale_sum;  // dy y added, padded like a row; the gradient of scale follows from it
 };
 
-/// The gradient of row t from r = factor * dphi and dot, the sum of z^p r over the row:
-///     dy = (dot z / |z|^2 + p z^(p-1) (r - z^p dot / |z^p|^2)) / divisor      dx = dy / scale where x > 0
-template <int kP, class X, class O, class T>
-void focus_row_backward(const X* x, int t, const T* r, Channels c, FocusParameters<T> f,
-                        const Norms<T>& norms, T dot, RowGradient<O, T> gradient) {
-  const T inverse_divisor = norms.inverse_divisor[t];
-  const bool alive = inverse_divisor > 0;
-  const T along = alive ? dot / norms.squares[t] : 0, across = alive ? dot / norms.powers[t] : 0;
-  r += t * c.padded;
+/// The gradients of R rows from row t on, none of them dead.
+template <int kP, bool kWhole, int R, class B, class X, class T>
+FLATTEN_INLINE void focus_rows_backward(const X* const* x, BiasRows bias, int t, const T* gradient,
+                                        Channels c, FocusParameters<T> f, const Norms<T>& norms, const T* dot,
+                                        const RowGradients<X, T>& to) {
+  const X* row[R];
+  const B* row_bias[R];
+  T* bias_sum[R] = {};
+  Vec<T> inverse_divisor[R], along[R], across[R];
+  for (int r = 0; r < R; ++r) {
+    row[r] = x[t + r], row_bias[r] = bias_row<B>(bias, t + r, c.count());
+    if (to.bias_sum) bias_sum[r] = to.bias_sum + bias.position[t + r] * c.padded_count();
+    inverse_divisor[r] = broadcast(norms.inverse_divisor[t + r]);
+    along[r] = broadcast(dot[t + r] / norms.squares[t + r] * norms.inverse_divisor[t + r]);
+    across[r] = broadcast(dot[t + r] / norms.powers[t + r]);
+  }
   for (i64 h = 0; h < c.heads; ++h) {
-    const T* rh = r + h * c.head_stride();
-    const i64 row = h * c.padded;
+    const T* head = gradient + h * c.head_stride() + t * c.padded;
     for (i64 d = 0; d < c.padded; d += kLanes<T>) {
-      const Vec<T> xv = load_at_most(x + h * c.dim + d, c.dim - d);
-      const Vec<T> inverse_scale = load(f.inverse_scale + row + d);
-      const Vec<T> y = (relu(xv) + f.eps) * inverse_scale;
-      Vec<T> dy = load(rh + d);
-      if constexpr (kP != 1) {
-        const Vec<T> z = y * inverse_divisor;
-        const Vec<T> z_less_one = power_p_less_one<kP, T>(z, f);
-        dy = fma(z_less_one * f.p, dy - z_less_one * z * across, z * along) * inverse_divisor;
-        if (!alive) dy = Vec<T>{};
+      const i64 at = h * c.padded + d, left = c.dim - d;
+      const Vec<T> inverse_scale = load(f.inverse_scale + at);
+      Vec<T> scale_sum = to.scale_sum ? load(to.scale_sum + at) : Vec<T>{};
+      for (int r = 0; r < R; ++r) {
+        const Vec<T> xv = load_input<kWhole>(row[r], row_bias[r], h * c.dim + d, left);
+        const Vec<T> y = (relu(xv) + f.eps) * inverse_scale;
+        Vec<T> dy = load(head + r * c.padded + d);
+        if constexpr (kP != 1) {
+          const Vec<T> z = y * inverse_divisor[r];
+          const Vec<T> z_less_one = power_p_less_one<kP, T>(z, f);
+          const Vec<T> slope = z_less_one * (f.p * inverse_divisor[r]);
+          dy = fma(slope, dy - z_less_one * z * across[r], z * along[r]);
+        }
+        scale_sum = fma(dy, y, scale_sum);
+        const Vec<T> dx = xv > 0 ? dy * inverse_scale : Vec<T>{};
+        if (bias_sum[r]) store(bias_sum[r] + at, load(bias_sum[r] + at) + dx);
+        if (!to.dx) continue;
+        X* out = to.dx[t + r] + h * c.dim + d;
+        kWhole ? store(out, dx) : store_at_most(out, dx, left);
       }
-      if (gradient.scale_sum) {
-        T* s = gradient.scale_sum + row + d;
-        store(s, fma(dy, y, load(s)));
-      }
-      const Vec<T> dx = xv > 0 ? dy * inverse_scale : Vec<T>{};
-      if (gradient.bias_sum) {
-        T* s = gradient.bias_sum + row + d;
-        store(s, load(s) + dx);
-      }
-      if (gradient.dx) store_at_most(gradient.dx + h * c.dim + d, dx, c.dim - d);
+      if (to.scale_sum) store(to.scale_sum + at, scale_sum);
     }
+  }
+}
+
+/// The gradients of a block's rows from r = factor * dphi and dot, the sum of z^p r over each row:
+///     dy = (dot z / |z|^2 + p z^(p-1) (r - z^p dot / |z^p|^2)) / divisor      dx = dy / scale where x > 0
+template <int kP, bool kWhole, class B, class X, class T>
+void focus_block_backward(const X* const* x, BiasRows bias, int count, const T* r, Channels c,
+                          FocusParameters<T> f, const Norms<T>& norms, const T* dot,
+                          const RowGradients<X, T>& to) {
+  const auto alive = [&](int t) { return norms.inverse_divisor[t] > 0; };
+  for (int t = 0; t < count;) {
+    if (t + 2 <= count && alive(t) && alive(t + 1)) {
+      focus_rows_backward<kP, kWhole, 2, B>(x, bias, t, r, c, f, norms, dot, to);
+      t += 2;
+      continue;
+    }
+    if (alive(t)) {
+      focus_rows_backward<kP, kWhole, 1, B>(x, bias, t, r, c, f, norms, dot, to);
+    } else if (to.dx) {
+      __builtin_memset(to.dx[t], 0, static_cast<std::size_t>(c.count()) * sizeof(X));
+    }
+    ++t;
   }
 }
 
 /// Features that are mapped already: phi(x) = x.
 template <class X, class T>
-void copy_block(const X* const* x, int count, T* z, Channels c, FocusParameters<T>, Norms<T>& norms) {
+void copy_block(const X* const* x, BiasRows, int count, T* z, Channels c, FocusParameters<T>,
+                Norms<T>& norms) {
   for (int t = 0; t < count; ++t) {
     for (i64 h = 0; h < c.heads; ++h) {
       pack(x[t] + h * c.dim, z + h * c.head_stride() + t * c.padded, c.dim, T(1));
@@ -194,43 +258,46 @@ void copy_block(const X* const* x, int count, T* z, Channels c, FocusParameters<
     norms.factor[t] = norms.squares[t] = norms.powers[t] = norms.inverse_divisor[t] = 1;
   }
 }
-template <class X, class O, class T>
-void copy_row_backward(const X*, int t, const T* r, Channels c, FocusParameters<T>, const Norms<T>&, T,
-                       RowGradient<O, T> gradient) {
-  for (i64 h = 0; gradient.dx && h < c.heads; ++h) {
-    unpack(r + h * c.head_stride() + t * c.padded, gradient.dx + h * c.dim, c.dim);
+template <class X, class T>
+void copy_block_backward(const X* const*, BiasRows, int count, const T* r, Channels c, FocusParameters<T>,
+                         const Norms<T>&, const T*, const RowGradients<X, T>& to) {
+  for (int t = 0; to.dx && t < count; ++t) {
+    for (i64 h = 0; h < c.heads; ++h) {
+      unpack(r + h * c.head_stride() + t * c.padded, to.dx[t] + h * c.dim, c.dim);
+    }
   }
 }
 
-/// The functions for one mapping of rows of X, whose gradients are stored as O.
-template <class X, class O, class T>
+/// The functions for one mapping of rows of X.
+template <class X, class T>
 struct Focus {
-  void (*forward)(const X* const* x, int count, T* z, Channels c, FocusParameters<T> f, Norms<T>& norms);
-  void (*backward)(const X* x, int t, const T* r, Channels c, FocusParameters<T> f, const Norms<T>& norms,
-                   T dot, RowGradient<O, T> gradient);
+  void (*forward)(const X* const* x, BiasRows bias, int count, T* z, Channels c, FocusParameters<T> f,
+                  Norms<T>& norms);
+  void (*backward)(const X* const* x, BiasRows bias, int count, const T* r, Channels c, FocusParameters<T> f,
+                   const Norms<T>& norms, const T* dot, const RowGradients<X, T>& to);
 
-  template <int kP>
+  template <int kP, bool kWhole, class B>
   static Focus make() {
-    return {&focus_block<kP, X, T>, &focus_row_backward<kP, X, O, T>};
+    return {&focus_block<kP, kWhole, B, X, T>, &focus_block_backward<kP, kWhole, B, X, T>};
   }
-  static Focus select(const Mapping& mapping) {
-    if (!mapping.focused) return {&copy_block<X, T>, &copy_row_backward<X, O, T>};
-    if (mapping.focusing_factor == 1) return make<1>();
-    if (mapping.focusing_factor == 2) return make<2>();
-    if (mapping.focusing_factor == 3) return make<3>();
-    if (mapping.focusing_factor == 4) return make<4>();
-    return make<0>();
+  template <bool kWhole, class B>
+  static Focus of_power(double p) {
+    if (p == 1) return make<1, kWhole, B>();
+    if (p == 2) return make<2, kWhole, B>();
+    if (p == 3) return make<3, kWhole, B>();
+    if (p == 4) return make<4, kWhole, B>();
+    return make<0, kWhole, B>();
+  }
+  template <class B>
+  static Focus of_width(double p, Channels c) {
+    return c.dim == c.padded ? of_power<true, B>(p) : of_power<false, B>(p);
+  }
+  static Focus select(const Mapping& mapping, const Parameter& bias, Channels c) {
+    if (!mapping.focused) return {&copy_block<X, T>, &copy_block_backward<X, T>};
+    if (!bias) return of_width<NoBias>(mapping.focusing_factor, c);
+    const bool as_wide = bias.dtype == Dtype::kFloat32 || bias.dtype == Dtype::kFloat64;
+    return as_wide ? of_width<T>(mapping.focusing_factor, c) : of_width<X>(mapping.focusing_factor, c);
   }
 };
-
-/// x + key_bias of a row, in T.
-template <class X, class T>
-void add_bias_row(const X* x, const Parameter& bias, i64 position, i64 channels, T* to) {
-  for (i64 i = 0; i < channels; i += kLanes<T>) {
-    const i64 left = channels - i;
-    store_at_most(to + i, load_at_most(x + i, left) + load_parameter<T>(bias, position * channels + i, left),
-                  left);
-  }
-}
 
 }  // namespace flatten::cpu::FLATTEN_ISA

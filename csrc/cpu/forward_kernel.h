@@ -146,8 +146,8 @@ class ForwardKernel : AttentionKernel<X> {
     T inverse[kBlock];
     row_dots(z, scratch.sums.m + h * c_.padded, count, c_.padded, inverse);
     for (int t = 0; t < count; ++t) inverse[t] = 1 / (inverse[t] + rest[t]);
-    gemm_.product(count, c_.dim, c_.padded, z, scratch.sums.s + h * c_.matrix(), inverse, scratch.attended,
-                  upcoming);
+    gemm_.product(count, c_.dim, c_.padded, z, scratch.sums.s + h * c_.matrix(), nullptr, inverse,
+                  scratch.attended, upcoming);
   }
 
   MutableTokens out_;

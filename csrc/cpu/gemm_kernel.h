@@ -85,14 +85,18 @@ FLATTEN_INLINE void for_tiles(i64 rows, i64 padded, const TileBody& tile, Upcomi
 
 template <class T, int kPadded>
 struct ProductTile {
-  const T *a, *b, *factor;
+  const T *a, *b, *start, *factor;
   T* out;
   i64 steps, stride;
 
   template <int R, int V>
   FLATTEN_INLINE void run(i64 row, i64 column) const {
     const i64 n = kPadded ? kPadded : stride;
-    Vec<T> acc[R][V] = {};
+    Vec<T> acc[R][V];
+    for (int v = 0; v < V; ++v) {
+      const Vec<T> first = start ? load(start + column + v * kLanes<T>) : Vec<T>{};
+      for (int r = 0; r < R; ++r) acc[r][v] = first;
+    }
     accumulate<R, V, T>(acc, a + row * n, n, 1, b + column, n, kPadded ? kPadded : steps);
     for (int r = 0; r < R; ++r) {
       const T f = factor[row + r];
@@ -122,12 +126,13 @@ struct OuterTile {
   }
 };
 
-/// out[t] = factor[t] * a[t] b, for `tokens` rows a of `dim` elements and a dim x padded matrix b.
+/// out[t] = factor[t] * (start + a[t] b), for `tokens` rows a of `dim` elements and a dim x padded matrix b;
+/// `start`, a row, may be null for zeros.
 template <class T, int kPadded>
-void product(i64 tokens, i64 dim, i64 padded, const T* a, const T* b, const T* factor, T* out,
+void product(i64 tokens, i64 dim, i64 padded, const T* a, const T* b, const T* start, const T* factor, T* out,
              Upcoming& upcoming) {
-  for_tiles<T>(tokens, kPadded ? kPadded : padded, ProductTile<T, kPadded>{a, b, factor, out, dim, padded},
-               upcoming);
+  for_tiles<T>(tokens, kPadded ? kPadded : padded,
+               ProductTile<T, kPadded>{a, b, start, factor, out, dim, padded}, upcoming);
 }
 
 /// sum += a^T b, for `tokens` rows of a and b; sum is dim x padded.
@@ -145,8 +150,8 @@ i64 tiles_of(i64 rows, i64 padded) {
 /// The products for one head width; the common ones have their strides compiled in.
 template <class T>
 struct Gemm {
-  void (*product)(i64 tokens, i64 dim, i64 padded, const T* a, const T* b, const T* factor, T* out,
-                  Upcoming& upcoming);
+  void (*product)(i64 tokens, i64 dim, i64 padded, const T* a, const T* b, const T* start, const T* factor,
+                  T* out, Upcoming& upcoming);
   void (*outer_product)(i64 tokens, i64 dim, i64 padded, const T* a, const T* b, T* sum, Upcoming& upcoming);
 
   template <int kPadded>
@@ -181,8 +186,22 @@ struct Gemm {
 /// to = from^T, dim x dim inside dim x padded; the padding of `to` is zeroed.
 template <class T>
 void transpose(const T* from, T* to, i64 dim, i64 padded) {
+  i64 squares = 0;  // rows and columns that whole squares of vectors make up
+  if constexpr (sizeof(T) == 4) {
+    squares = dim / kFloats * kFloats;
+    for (i64 i = 0; i < squares; i += kFloats) {
+      for (i64 j = 0; j < squares; j += kFloats) {
+        FloatVec rows[kFloats];
+#pragma GCC unroll 16
+        for (int r = 0; r < kFloats; ++r) rows[r] = load(from + (j + r) * padded + i);
+        transpose_square(rows);
+#pragma GCC unroll 16
+        for (int r = 0; r < kFloats; ++r) store(to + (i + r) * padded + j, rows[r]);
+      }
+    }
+  }
   for (i64 i = 0; i < dim; ++i) {
-    for (i64 j = 0; j < dim; ++j) to[i * padded + j] = from[j * padded + i];
+    for (i64 j = i < squares ? squares : 0; j < dim; ++j) to[i * padded + j] = from[j * padded + i];
     for (i64 j = dim; j < padded; ++j) to[i * padded + j] = 0;
   }
 }

@@ -88,7 +88,15 @@ FLATTEN_INLINE void unpack(const T* from, X* to, i64 dim) {
 /// One head of a block's rows, times factor[t], into rows of `padded` elements.
 template <class X, class T>
 void pack_head(const Rows<const X>& rows, int count, i64 head, Channels c, const T* factor, T* to) {
-  for (int t = 0; t < count; ++t) pack(rows[t] + head * c.dim, to + t * c.padded, c.dim, factor[t]);
+  for (int t = 0; t < count; ++t, to += c.padded) {
+    const X* from = rows[t] + head * c.dim;
+    if (c.dim != c.padded) {
+      pack(from, to, c.dim, factor[t]);
+      continue;
+    }
+    const Vec<T> f = broadcast(factor[t]);
+    for (i64 d = 0; d < c.padded; d += kLanes<T>) store(to + d, load(from + d) * f);
+  }
 }
 template <class X, class T>
 void unpack_head(const T* from, int count, i64 head, Channels c, const Rows<X>& rows) {
@@ -136,22 +144,26 @@ T read_parameter(const Parameter& p, i64 index) {
   return load_parameter<T>(p, index, 1)[0];
 }
 
+/// Stores kLanes elements of a parameter in its own dtype; fewer at the end of a row.
+template <class T>
+FLATTEN_INLINE void store_parameter(const MutableParameter& p, i64 index, Vec<T> x, i64 count) {
+  if constexpr (sizeof(T) == 8) {
+    store_at_most(static_cast<double*>(p.data) + index, x, count);
+  } else {
+    switch (p.dtype) {
+      case Dtype::kBFloat16:
+        return store_at_most(static_cast<BFloat16*>(p.data) + index, x, count);
+      case Dtype::kFloat16:
+        return store_at_most(static_cast<Float16*>(p.data) + index, x, count);
+      default:
+        return store_at_most(static_cast<float*>(p.data) + index, x, count);
+    }
+  }
+}
+
 template <class T>
 void write_parameter(const MutableParameter& p, i64 index, T value) {
-  switch (p.dtype) {
-    case Dtype::kFloat64:
-      static_cast<double*>(p.data)[index] = value;
-      break;
-    case Dtype::kFloat32:
-      static_cast<float*>(p.data)[index] = static_cast<float>(value);
-      break;
-    case Dtype::kBFloat16:
-      store_partial(static_cast<BFloat16*>(p.data) + index, broadcast(static_cast<float>(value)), 1);
-      break;
-    case Dtype::kFloat16:
-      store_partial(static_cast<Float16*>(p.data) + index, broadcast(static_cast<float>(value)), 1);
-      break;
-  }
+  store_parameter<T>(p, index, broadcast(value), 1);
 }
 
 }  // namespace flatten::cpu::FLATTEN_ISA

@@ -180,6 +180,9 @@ FLATTEN_INLINE void convolve_outputs(const T* const* rows, i64 offset, const T* 
   }
 }
 
+/// Outputs whose sums, beside a row of weights, fill the registers.
+constexpr int kMostOutputs = 8;
+
 /// What the taps of one head are added to, and where the result goes.
 template <class X, class T>
 struct TapsOutput {
@@ -198,58 +201,44 @@ FLATTEN_INLINE void convolve_run(const TapsRing<X, T>& ring, const T* weights, i
   const i64 kernel_w = kKernelW ? kKernelW : s.kernel_w;
   const i64 first = ring.first_tap_row(i), last = ring.last_tap_row(i);
   const T* const* rows = ring.rows() + i;
-  const T* start = out.start + (i * width + x) * padded;
-  X* const* to = out.rows + i * width + x;
+  const T *start = out.start + (i * width + x) * padded, *bias = out.bias;
+  X* to[R];
+  for (int r = 0; r < R; ++r) to[r] = out.rows[i * width + x + r] + out.channel;
   for (i64 d = 0; d < padded; d += kLanes<T>) {
-    const Vec<T> bias = load(out.bias + d);
+    const Vec<T> b = load(bias + d);
     Vec<T> sums[R];
-    for (int r = 0; r < R; ++r) sums[r] = load(start + r * padded + d) + bias;
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) sums[r] = load(start + r * padded + d) + b;
     convolve_outputs<kKernelW, R, T>(rows, d * columns + x * kLanes<T>, weights + d * area, first, last,
                                      kernel_w, sums);
-    if (d + kLanes<T> <= dim) {
-      for (int r = 0; r < R; ++r) store(to[r] + out.channel + d, sums[r]);
-    } else {
-      for (int r = 0; r < R; ++r) store_partial(to[r] + out.channel + d, sums[r], dim - d);
-    }
+    const i64 left = dim - d;
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) store_at_most(to[r] + d, sums[r], left);
   }
 }
 
-/// out = start + bias + taps for one head of a tile, rows cut into runs of at most 8 outputs, as even as can
-/// be.
+/// convolve_run<kKernelW, size>
+template <int kKernelW, int R = 1, class X, class T>
+FLATTEN_INLINE void convolve_sized(i64 size, const TapsRing<X, T>& ring, const T* weights, i64 i, i64 x,
+                                   i64 width, const TapsOutput<X, T>& out) {
+  if (R == kMostOutputs || size == R) {
+    convolve_run<kKernelW, R>(ring, weights, i, x, width, out);
+  } else if constexpr (R < kMostOutputs) {
+    convolve_sized<kKernelW, R + 1>(size, ring, weights, i, x, width, out);
+  }
+}
+
+/// out = start + bias + taps for one head of a tile, rows cut into runs of at most kMostOutputs, as even as
+/// can be.
 template <int kKernelW, class X, class T>
 void convolve_head(const TapsRing<X, T>& ring, const T* weights, const Tile& tile,
                    const TapsOutput<X, T>& out, Upcoming& upcoming) {
-  const i64 runs = ceil_div(tile.width, 8), least = tile.width / runs, extra = tile.width % runs;
+  const i64 runs = ceil_div(tile.width, kMostOutputs), least = tile.width / runs, extra = tile.width % runs;
   for (i64 i = 0; i < tile.height; ++i) {
     i64 x = 0;
     for (i64 run = 0; run < runs; ++run) {
       const i64 size = least + (run < extra);
-      switch (size) {
-        case 1:
-          convolve_run<kKernelW, 1>(ring, weights, i, x, tile.width, out);
-          break;
-        case 2:
-          convolve_run<kKernelW, 2>(ring, weights, i, x, tile.width, out);
-          break;
-        case 3:
-          convolve_run<kKernelW, 3>(ring, weights, i, x, tile.width, out);
-          break;
-        case 4:
-          convolve_run<kKernelW, 4>(ring, weights, i, x, tile.width, out);
-          break;
-        case 5:
-          convolve_run<kKernelW, 5>(ring, weights, i, x, tile.width, out);
-          break;
-        case 6:
-          convolve_run<kKernelW, 6>(ring, weights, i, x, tile.width, out);
-          break;
-        case 7:
-          convolve_run<kKernelW, 7>(ring, weights, i, x, tile.width, out);
-          break;
-        default:
-          convolve_run<kKernelW, 8>(ring, weights, i, x, tile.width, out);
-          break;
-      }
+      convolve_sized<kKernelW>(size, ring, weights, i, x, tile.width, out);
       x += size;
       upcoming.step();
     }

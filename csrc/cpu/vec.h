@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 // (maskz_ forms with a full mask: the plain AVX-512 intrinsics draw false warnings from GCC 12.)
 #if defined(__AVX2__) || defined(__AVX512F__)
@@ -47,6 +48,12 @@ typedef double DoubleVec __attribute__((vector_size(kVectorBytes)));
 typedef std::int32_t IntVec __attribute__((vector_size(kVectorBytes)));
 typedef std::uint32_t UintVec __attribute__((vector_size(kVectorBytes)));
 typedef std::uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
+
+// The same in memory, wherever their elements may lie. Not copied with memcpy, which could change anything:
+// to the compiler these touch objects of the element's type alone.
+typedef float FloatsAt __attribute__((vector_size(kVectorBytes), aligned(4)));
+typedef double DoublesAt __attribute__((vector_size(kVectorBytes), aligned(8)));
+typedef std::uint16_t BitsAt __attribute__((vector_size(kVectorBytes / 2), aligned(2)));
 
 template <class T>
 struct VecType;
@@ -169,6 +176,15 @@ FLATTEN_INLINE double sum(DoubleVec x) {
   return s;
 }
 
+/// Whether every lane of a comparison holds.
+template <class Mask>
+FLATTEN_INLINE bool all_of(Mask mask) {
+  std::int64_t parts[sizeof(Mask) / 8], all = -1;
+  __builtin_memcpy(parts, &mask, sizeof mask);
+  for (const std::int64_t part : parts) all &= part;
+  return all == -1;
+}
+
 template <class T>
 FLATTEN_INLINE T largest(Vec<T> x) {
   T m = x[0];
@@ -178,31 +194,20 @@ FLATTEN_INLINE T largest(Vec<T> x) {
 
 // ---- Storage types: kLanes<T> adjacent elements to and from one Vec<T>.
 
-FLATTEN_INLINE FloatVec load(const float* p) {
-  FloatVec x;
-  __builtin_memcpy(&x, p, sizeof x);
-  return x;
-}
-FLATTEN_INLINE DoubleVec load(const double* p) {
-  DoubleVec x;
-  __builtin_memcpy(&x, p, sizeof x);
-  return x;
-}
-FLATTEN_INLINE HalfBits load_bits(const void* p) {
-  HalfBits x;
-  __builtin_memcpy(&x, p, sizeof x);
-  return x;
-}
+FLATTEN_INLINE FloatVec load(const float* p) { return *reinterpret_cast<const FloatsAt*>(p); }
+FLATTEN_INLINE DoubleVec load(const double* p) { return *reinterpret_cast<const DoublesAt*>(p); }
+FLATTEN_INLINE HalfBits load_bits(const std::uint16_t* p) { return *reinterpret_cast<const BitsAt*>(p); }
+FLATTEN_INLINE void store_bits(std::uint16_t* p, HalfBits x) { *reinterpret_cast<BitsAt*>(p) = x; }
 FLATTEN_INLINE FloatVec load(const BFloat16* p) {
-  return bit_cast<FloatVec>(__builtin_convertvector(load_bits(p), UintVec) << 16);
+  return bit_cast<FloatVec>(__builtin_convertvector(load_bits(&p->bits), UintVec) << 16);
 }
 FLATTEN_INLINE FloatVec load(const Float16* p) {
 #if defined(__AVX512F__)
-  return _mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(load_bits(p)));
+  return _mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(load_bits(&p->bits)));
 #elif defined(__F16C__)
-  return _mm256_cvtph_ps(bit_cast<__m128i>(load_bits(p)));
+  return _mm256_cvtph_ps(bit_cast<__m128i>(load_bits(&p->bits)));
 #else
-  const UintVec bits = __builtin_convertvector(load_bits(p), UintVec);
+  const UintVec bits = __builtin_convertvector(load_bits(&p->bits), UintVec);
   const UintVec magnitude = (bits & 0x7fff) << 13;
   // Rebias the exponent by a product, which also normalizes subnormals; infinities and NaN by hand.
   const UintVec finite = bit_cast<UintVec>(bit_cast<FloatVec>(magnitude) * 0x1p112f);
@@ -212,14 +217,13 @@ FLATTEN_INLINE FloatVec load(const Float16* p) {
 #endif
 }
 
-FLATTEN_INLINE void store(float* p, FloatVec x) { __builtin_memcpy(p, &x, sizeof x); }
-FLATTEN_INLINE void store(double* p, DoubleVec x) { __builtin_memcpy(p, &x, sizeof x); }
+FLATTEN_INLINE void store(float* p, FloatVec x) { *reinterpret_cast<FloatsAt*>(p) = x; }
+FLATTEN_INLINE void store(double* p, DoubleVec x) { *reinterpret_cast<DoublesAt*>(p) = x; }
 FLATTEN_INLINE void store(BFloat16* p, FloatVec x) {
   const UintVec bits = bit_cast<UintVec>(x);
   const UintVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const UintVec is_nan = bit_cast<UintVec>(x != x);
-  const HalfBits half = __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), HalfBits);
-  __builtin_memcpy(p, &half, sizeof half);
+  store_bits(&p->bits, __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), HalfBits));
 }
 FLATTEN_INLINE void store(Float16* p, FloatVec x) {
 #if defined(__AVX512F__)
@@ -240,7 +244,7 @@ FLATTEN_INLINE void store(Float16* p, FloatVec x) {
   const HalfBits half =
       __builtin_convertvector((is_large & special) | (~is_large & finite) | (sign >> 16), HalfBits);
 #endif
-  __builtin_memcpy(p, &half, sizeof half);
+  store_bits(&p->bits, bit_cast<HalfBits>(half));
 }
 
 /// The first `count` < kLanes elements; the others read as 0 and are not written.
@@ -255,6 +259,36 @@ FLATTEN_INLINE void store_partial(X* p, Vec<Accumulate<X>> x, i64 count) {
   X buffer[kLanes<Accumulate<X>>];
   store(buffer, x);
   __builtin_memcpy(p, buffer, static_cast<std::size_t>(count) * sizeof(X));
+}
+
+// ---- Transposition.
+
+/// Lanes J of a and b laid end to end.
+template <int... J>
+FLATTEN_INLINE FloatVec shuffle(FloatVec a, FloatVec b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, J...);
+#else
+  return __builtin_shuffle(a, b, IntVec{J...});
+#endif
+}
+
+/// Swaps lane j + kStep of a with lane j of b, for every j without the bit kStep.
+template <int kStep, int... J>
+FLATTEN_INLINE void swap_lanes(FloatVec& a, FloatVec& b, std::integer_sequence<int, J...>) {
+  const FloatVec low = shuffle<(J & kStep ? kFloats + J - kStep : J)...>(a, b);
+  b = shuffle<(J & kStep ? kFloats + J : J + kStep)...>(a, b);
+  a = low;
+}
+
+/// A square of kFloats rows to its transpose.
+template <int kStep = 1>
+FLATTEN_INLINE void transpose_square(FloatVec (&rows)[kFloats]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kFloats; ++i) {
+    if (!(i & kStep)) swap_lanes<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kFloats>{});
+  }
+  if constexpr (2 * kStep < kFloats) transpose_square<2 * kStep>(rows);
 }
 
 // ---- Powers.
