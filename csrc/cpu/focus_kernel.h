@@ -133,6 +133,7 @@ FLATTEN_INLINE void focus_rows(const X* const* x, BiasRows bias, int t, T* z, Ch
     T* zh = z + h * c.head_stride() + t * c.padded;
     for (i64 d = 0; d < c.padded; d += kLanes<T>) {
       const Vec<T> inverse_scale = load(f.inverse_scale + h * c.padded + d);
+#pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const Vec<T> xv = load_input<kWhole>(row[r], row_bias[r], h * c.dim + d, c.dim - d);
         const Vec<T> y = (relu(xv) + f.eps) * inverse_scale;
@@ -203,6 +204,7 @@ FLATTEN_INLINE void focus_rows_backward(const X* const* x, BiasRows bias, int t,
       const i64 at = h * c.padded + d, left = c.dim - d;
       const Vec<T> inverse_scale = load(f.inverse_scale + at);
       Vec<T> scale_sum = to.scale_sum ? load(to.scale_sum + at) : Vec<T>{};
+#pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const Vec<T> xv = load_input<kWhole>(row[r], row_bias[r], h * c.dim + d, left);
         const Vec<T> y = (relu(xv) + f.eps) * inverse_scale;
