@@ -261,7 +261,6 @@ class BackwardKernel : AttentionKernel<X> {
   void expect_keys(const Block& block, Upcoming& upcoming) const {
     upcoming.add(rows_of<X>(in_.key, block), block.count, c_.count());
     upcoming.add(rows_of<X>(in_.value, block), block.count, c_.count());
-    if (needs_ring_) upcoming.add(rows_of<X>(p_.grad_out, block), block.count, c_.count());
     if (p_.grad_value.data) upcoming.add(rows_of<X>(p_.grad_value, block), block.count, c_.count());
     if (p_.grad_key.data) upcoming.add(rows_of<X>(p_.grad_key, block), block.count, c_.count());
   }
@@ -293,8 +292,13 @@ class BackwardKernel : AttentionKernel<X> {
       const Tile tile = tile_at(keys_, tiling_, index);
       upcoming.plan(2 * c_.heads * tiles_of<T>(block.count, c_.padded));
       if (index + 1 < end) {
-        fill_tile(keys_, next, image, window, tile_at(keys_, tiling_, index + 1));
+        const Tile next_tile = tile_at(keys_, tiling_, index + 1);
+        fill_tile(keys_, next, image, window, next_tile);
         expect_keys(next, upcoming);
+        if (needs_ring_) {
+          expect_ring_rows<X>(p_.grad_out, keys_, image, window, next_tile, shape_.pad_h, c_.count(),
+                              upcoming);
+        }
       } else {
         Base::first_block(queries_, pair + 1, next);
         expect_queries(next, upcoming);

@@ -114,9 +114,14 @@ class ForwardKernel : AttentionKernel<X> {
       const Tile tile = tile_at(queries_, tiling_, index);
       upcoming.plan(c_.heads * tiles_of<T>(block.count, c_.padded));
       if (index + 1 < end) {
-        fill_tile(queries_, next, image, window, tile_at(queries_, tiling_, index + 1));
+        const Tile next_tile = tile_at(queries_, tiling_, index + 1);
+        fill_tile(queries_, next, image, window, next_tile);
         upcoming.add(rows_of<X>(in_.query, next), next.count, c_.count());
         upcoming.add(rows_of<X>(out_, next), next.count, c_.count());
+        if (in_.taps) {
+          expect_ring_rows<X>(in_.value, queries_, image, window, next_tile, shape_.pad_h, c_.count(),
+                              upcoming);
+        }
       } else {
         Base::first_block(keys_, pair + 1, next);
         upcoming.add(rows_of<X>(in_.key, next), next.count, c_.count());

@@ -153,6 +153,18 @@ class TapsRing {
   Tile tile_{};
 };
 
+/// The rows of `source` that the ring will take in for tile `next` after the one before it in its strip.
+template <class X>
+void expect_ring_rows(const Tokens& source, const Grid& grid, i64 image, i64 window, Tile next, i64 pad_h,
+                      i64 channels, Upcoming& upcoming) {
+  next.y += pad_h;
+  next.height = smaller(next.height, grid.rows - next.y);
+  if (next.is_prefix || next.height <= 0) return;
+  Block block;
+  fill_tile(grid, block, image, window, next);
+  upcoming.add(rows_of<X>(source, block), block.count, channels);
+}
+
 /// One vector of channels of R adjacent outputs: sums[i] += taps. `rows` point at the column and channels of
 /// the first output's leftmost tap.
 template <int kKernelW, int R, class T>
