@@ -1,8 +1,8 @@
 """What the CUDA compiler made of the kernels: registers, spills, tensor-core instructions.
 
 Reads the library that is there: machine code where it holds some for the architecture, else its PTX through
-ptxas, for a part of the units. Skipped without a CUDA build or without the tools (the toolkit's, or pip's
-nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm).
+ptxas, for a part of the units. Skipped without a CUDA build or without the tools: the toolkit's, or pip's
+nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm (in the extra `test`), or those that come with triton.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def tool(name: str) -> str:
     candidates += [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / name]
     for site in sys.path:
         candidates += sorted(Path(site or ".").glob(f"nvidia/cu*/bin/{name}"))
+        candidates.append(Path(site or ".") / "triton" / "backends" / "nvidia" / "bin" / name)
     for path in candidates:
         if path.is_file() and os.access(path, os.X_OK):
             return str(path)
