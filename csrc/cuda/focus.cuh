@@ -135,6 +135,10 @@ __device__ __forceinline__ float quad_max(float v) {
   return fmaxf(v, shuffle_xor<2>(v));
 }
 
+__device__ __forceinline__ float warp_max(float v) {  // v >= 0
+  return __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(v)));
+}
+
 /// Sums each of a lane's four values over its quad; lane t of the quad returns the sum of value t.
 __device__ __forceinline__ float quad_sum(const float (&v)[4], int t) {
   const bool upper = t & 2, odd = t & 1;
@@ -171,18 +175,24 @@ class SliceGroup {
   /// in the order of the slices. Everything the group wrote to shared memory before is visible after.
   template <typename Add>
   __device__ __forceinline__ float2 exchange(float2 partial, int lane, Add add) {
+    return exchange(partial, lane, add, 0, slices_);
+  }
+  /// The same among `count` slices from `first` on, though all have to come.
+  template <typename Add>
+  __device__ __forceinline__ float2 exchange(float2 partial, int lane, Add add, int first, int count) {
     buffer_[slice_ * 32 + lane] = partial;
     barrier();
-    const float2* from = buffer_ + lane;
+    const float2* from = buffer_ + first * 32 + lane;
     buffer_ += flip_;  // next time the other half: the readers of this one may still be at it then
     flip_ = -flip_;
     float2 total = *from;
 #pragma unroll 4
-    for (int s = 1; s < slices_; ++s) total = add(total, *(from += 32));
+    for (int s = 1; s < count; ++s) total = add(total, *(from += 32));
     return total;
   }
 
   __device__ void barrier() { named_barrier(group_ + 1, slices_ * 32); }
+  __device__ int slice() const { return slice_; }
 
  private:
   float2* buffer_;
@@ -224,11 +234,43 @@ class Focus {
   __device__ __forceinline__ void operator()(uint32_t tile, Pack pack, Finish finish) const {
     run(tile, NoBias{}, pack, [&](const Powers&, const Norms& norms) { finish(norms); });
   }
+  template <typename Pack, typename Finish>
+  __device__ __forceinline__ void operator()(uint32_t tile, const LaneBias& bias, Pack pack,
+                                             Finish finish) const {
+    const auto use = [&](const Powers&, const Norms& norms) { finish(norms); };
+    if (bias.bias.data) return run(tile, bias, pack, use);
+    run(tile, NoBias{}, pack, use);
+  }
+
+  /// The warps' norms of the lane's own token, summed.
+  __device__ __forceinline__ float2 exchange(float2 norms) const {
+    return group_.exchange(norms, lane_.index,
+                           [](float2 a, float2 b) { return float2{a.x + b.x, a.y + b.y}; });
+  }
+  /// Whether fp32 held all the sums of squares of the tile; the warps of a group agree.
+  static __device__ __forceinline__ bool safe(float2 norms) {
+    constexpr float kTiny = 1e-36f, kHuge = 1e37f;
+    return __all_sync(kAllLanes, fminf(norms.x, norms.y) > kTiny && fmaxf(norms.x, norms.y) < kHuge);
+  }
+  /// Where it did not: divides the rows by their largest y first.
+  template <typename Bias, typename Pack, typename Use>
+  __device__ __forceinline__ void rescue(uint32_t tile, const Bias& bias, Pack pack, Use use) const {
+    const auto larger = [](float2 a, float2 b) { return float2{fmaxf(a.x, b.x), 0.0f}; };
+    Powers y;
+    load(y, tile, bias);
+    const float largest = group_.exchange({largest_y(y), 0.0f}, lane_.index, larger).x;
+    const float own = largest > 0.0f ? 1.0f / largest : 1.0f;
+    float prescale[4];
+    quad_gather(prescale, own);
+    float2 norms = raise_all<kAnyPower>(y, prescale);
+    pack(y);
+    norms = exchange(norms);
+    use(y, Norms{norms.x, norms.y, own});
+  }
 
  private:
   template <typename Bias, typename Pack, typename Use>
   __device__ __forceinline__ void run(uint32_t tile, const Bias& bias, Pack pack, Use use) const {
-    const auto plus = [](float2 a, float2 b) { return float2{a.x + b.x, a.y + b.y}; };
     const float ones[4] = {1.0f, 1.0f, 1.0f, 1.0f};
     Powers y;
     float2 norms;
@@ -261,23 +303,9 @@ class Focus {
       norms = raise_all<kMode>(y, ones);
     }
     pack(y);
-    norms = group_.exchange(norms, lane_.index, plus);
-    constexpr float kTiny = 1e-36f, kHuge = 1e37f;
-    const bool safe = fminf(norms.x, norms.y) > kTiny && fmaxf(norms.x, norms.y) < kHuge;
-    if (__all_sync(kAllLanes, safe)) return use(y, Norms{norms.x, norms.y});
-
-    // Some token's sum of y^2p left fp32's range, as all warps of the group see: divide the rows by their
-    // largest y first.
-    const auto larger = [](float2 a, float2 b) { return float2{fmaxf(a.x, b.x), 0.0f}; };
-    load(y, tile, bias);
-    const float largest = group_.exchange({largest_y(y), 0.0f}, lane_.index, larger).x;
-    const float own = largest > 0.0f ? 1.0f / largest : 1.0f;
-    float prescale[4];
-    quad_gather(prescale, own);
-    norms = raise_all<kAnyPower>(y, prescale);
-    pack(y);
-    norms = group_.exchange(norms, lane_.index, plus);
-    use(y, Norms{norms.x, norms.y, own});
+    norms = exchange(norms);
+    if (safe(norms)) return use(y, Norms{norms.x, norms.y});
+    rescue(tile, bias, pack, use);
   }
 
   /// unpack(y[s][r], vector) for all of the tile's vectors.

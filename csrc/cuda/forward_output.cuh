@@ -3,14 +3,13 @@
 // A warp owns 8 x 4 pixels of a step and one head (head_dim 16: a pair of heads, S block-diagonal). The block
 // walks down its strip four rows a step, over a ring of rows of V in shared memory that cp.async keeps one
 // step ahead; a row is read once per strip, plus its halo.
-//   Q: global memory -> registers -> focus.cuh -> A fragments as they are; the norm factor only scales eps.
+//   Q: brought a step ahead, mapped (features.cuh), A fragments as it is; the norm factor only scales eps.
 //   S: B fragments in shared memory, rows in the channel order of the fragments of Q.
-//   taps: m16n8k16 over two taps x 8 channels against diagonal B fragments; an A fragment is two pixel rows
-//   of
-//         8 x 8 (pixels, channels) at a shift of dx, loaded once by ldmatrix for all dy.
+//   taps: tap_product.cuh, on top of the normalised product
+//   out: turned in shared memory, 16 channels at a time, so that two lanes write 32 adjacent bytes, a sector
 #pragma once
 
-#include "focus.cuh"
+#include "features.cuh"
 #include "row_loader.cuh"
 #include "tap_product.cuh"
 #include "windows.cuh"
@@ -48,7 +47,8 @@ struct OutputTraits {
     return kTaps ? kRingBlocks * kStepRows * pitch(patches) * pixel_bytes(channels) : 0;
   }
 
-  static constexpr int kQueryBytes = Focus<T, kSlices, kAnyPower>::kTileBytes;  // of a warp
+  static constexpr int kQueryBytes = kSlices * kTileBytes;  // of a warp
+  static constexpr int kStagingBytes = kTileTokens * 32;    // of a warp: 16 channels of out
   static constexpr __host__ __device__ int query_bytes(int channels, int patches) {
     return channels / kWarpChannels * patches * kQueryBytes;
   }
@@ -56,8 +56,9 @@ struct OutputTraits {
     return SliceGroup::shared_bytes(patches, channels / kWarpChannels);
   }
   static int shared_bytes(int channels, int patches, bool per_channel) {
-    return state_bytes(channels) + taps_bytes(channels, per_channel) + channels * 4 +
-           exchange_bytes(channels, patches) + query_bytes(channels, patches) + ring_bytes(channels, patches);
+    return state_bytes(channels) + taps_bytes(channels, per_channel) + ScaleTable::bytes(channels) +
+           exchange_bytes(channels, patches) + query_bytes(channels, patches) +
+           channels / kWarpChannels * patches * kStagingBytes + ring_bytes(channels, patches);
   }
 };
 
@@ -111,25 +112,38 @@ __device__ __forceinline__ void pack_state(uint4* fragments, const float* s, con
   }
 }
 
-/// fp16: what a query's powers are multiplied by, so that their largest is near the top of the range: Q S and
-/// Q . m share the factor. bf16 has fp32's range.
-template <typename T, int kSlices>
-__device__ __forceinline__ float room_for_query(const float (&powers)[kSlices][4][8], int r) {
-  if constexpr (!std::is_same_v<T, __half>) return 1.0f;
-  float largest = 0.0f;
-#pragma unroll
-  for (int s = 0; s < kSlices; ++s) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(powers[s][r][i]));
+/// Turns 16 channels of out from fragments to vectors, through a warp's own shared memory: 32 tokens of 32
+/// bytes, whose two vectors change places every four tokens, so that nobody meets a bank twice.
+struct Staging {
+  uint32_t write[2], read;  // where the lane's word of either n-block goes; its vector of token lane / 2
+
+  __device__ __forceinline__ Staging(uint32_t shared, const Lane& lane) {
+    write[0] = shared + lane.g * 32 + lane.g / 4 * 16 + lane.t * 4;
+    write[1] = write[0] ^ 16;
+    const int token = lane.index / 2;
+    read = shared + token * 32 + (lane.index % 2 ^ token % 8 / 4) * 16;
+    keep(write[0]), keep(write[1]), keep(read);
   }
-  return fminf(__fdividef(0x1p13f, quad_max(largest)), 0x1p100f);
-}
+  /// word: of token g + 8 kRow, n-block kHalf.
+  template <int kHalf, int kRow>
+  __device__ __forceinline__ void put(uint32_t word) const {
+    store_shared<kRow * 256>(write[kHalf], word);
+  }
+  /// Vectors lane % 2 of tokens lane / 2 and lane / 2 + 16.
+  __device__ __forceinline__ void take(uint32_t (&x)[2][4]) const {
+    __syncwarp();
+    load_shared<0>(x[0], read);
+    load_shared<512>(x[1], read);
+    __syncwarp();
+  }
+};
 
 template <typename T, int kHeadDim, int kTaps, int kMode>
 __global__ void __launch_bounds__(max_threads(kHeadDim, kTaps), 1)
     forward_output(const __grid_constant__ OutputParams params) {
 #if __CUDA_ARCH__ >= 800
   using Traits = OutputTraits<T, kHeadDim, kTaps>;
+  constexpr int kSlices = Traits::kSlices, kBlocks = Traits::kBlocks;
   extern __shared__ __align__(128) unsigned char shared[];
   const Lane lane;
   const int channels = params.channels, warps = channels / Traits::kWarpChannels;
@@ -138,16 +152,19 @@ __global__ void __launch_bounds__(max_threads(kHeadDim, kTaps), 1)
   const WindowGrid& grid = params.grid;
   const Window window(grid, blockIdx.z);
   const int x0 = blockIdx.x * params.patches * kPatchColumns, y0 = blockIdx.y * params.rows;
-  const int y_end = min(y0 + params.rows, grid.window_h);
+  int y_end = min(y0 + params.rows, grid.window_h);
+  keep(y_end);
 
-  // Shared memory: taps, fragments of S and m, 1 / scale, exchange, the warps' tiles of Q, ring of V.
+  // Shared memory: taps, fragments of S and m, the scale, exchange, the warps' tiles of Q and staging, ring
+  // of V.
   unsigned char* taps = shared;
-  uint4* state = reinterpret_cast<uint4*>(taps + Traits::taps_bytes(channels, params.per_channel));
-  float* inverse_scale = reinterpret_cast<float*>(state + Traits::state_bytes(channels) / 16);
-  unsigned char* exchange = reinterpret_cast<unsigned char*>(inverse_scale + channels);
-  unsigned char* queries = exchange + Traits::exchange_bytes(channels, params.patches);
-  uint32_t ring = shared_address(queries + Traits::query_bytes(channels, params.patches));
-  state += warp * Traits::kStateFragments * 32 + lane.index;
+  unsigned char* fragments = taps + Traits::taps_bytes(channels, params.per_channel);
+  const ScaleTable table{fragments + Traits::state_bytes(channels), channels};
+  unsigned char* exchange = table.data + ScaleTable::bytes(channels);
+  unsigned char* tiles = exchange + Traits::exchange_bytes(channels, params.patches);
+  unsigned char* staging = tiles + Traits::query_bytes(channels, params.patches);
+  const uint32_t ring = shared_address(staging + warps * params.patches * Traits::kStagingBytes);
+  fragments += (warp * Traits::kStateFragments * 32 + lane.index) * 16;
 
   RowLoader<Traits> values(params.value, grid, window, channels, params.patches, ring, x0, y_end,
                            warp_channel, patch, lane);
@@ -155,35 +172,44 @@ __global__ void __launch_bounds__(max_threads(kHeadDim, kTaps), 1)
     for (int i = 0; i < Traits::kReadBlocks; ++i) values.load_block(y0 - Traits::kHalo + i * kStepRows, i);
   }
 
-  // ---- Q: pixels in column g of the patch, rows r of the step.
-  const int x = x0 + patch * kPatchColumns + lane.g;
+  // ---- Q and out: pixels in column n % 8 of the patch, row n / 8 of the step; a lane brings and writes
+  // those of n = lane / 2 (TileCopy) and n + 16.
+  const int n = TileCopy::token(), x = x0 + patch * kPatchColumns + n % 8;
   const bool patch_inside = x0 + patch * kPatchColumns < grid.window_w;
-  int token_x = window.column(grid, min(x, grid.window_w - 1));
-  const char* query = static_cast<const char*>(params.query.data) + window.image * params.query.image +
-                      (warp_channel + 8 * lane.t) * 2;
-  keep(query);
-  uint32_t own_queries = shared_address(queries) + threadIdx.x / 32 * Traits::kQueryBytes + lane.index * 16;
-  keep(own_queries);
-  using QueryFocus = Focus<T, Traits::kSlices, kMode>;
-  int token[4];
+  const auto base = [&](const TokenArray& tokens) {
+    return static_cast<const char*>(tokens.data) + window.image * tokens.image + warp_channel * 2 +
+           TileCopy::byte();
+  };
+  const char *query = base(params.query), *out = base(params.out);
+  uint32_t tile = shared_address(tiles) + threadIdx.x / 32 * Traits::kQueryBytes;
+  const TileCopy copy(tile);
+  tile += tile_offset(lane.g, lane.t);
+  const Staging turn(shared_address(staging) + threadIdx.x / 32 * Traits::kStagingBytes, lane);
+  int column = window.column(grid, min(x, grid.window_w - 1)), last_row = window.y + grid.window_h - 1;
+  int query_bytes = params.query.token, out_bytes = params.out.token, last_token = params.tokens - 1;
+  keep(query), keep(out), keep(tile), keep(column), keep(last_row);
+  keep(query_bytes), keep(out_bytes), keep(last_token);
+  int token[2];
   const auto load_queries = [&](int y) {
-    unrolled<4>([&](auto r) {
-      token[r] = min(window.row(grid, min(y + r, grid.window_h - 1)) + token_x, params.tokens - 1);
-      const char* from = query + static_cast<int64_t>(token[r]) * params.query.token;
-      unrolled<Traits::kSlices>(
-          [&](auto s) { copy_async<QueryFocus::offset(s, r), s * 64>(own_queries, from); });
-    });
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = min(window.y + y + n / 8 + 2 * i, last_row);
+      token[i] = min(window.on_map(grid, row) * grid.map_w + column, last_token);
+    }
+    const char* const from[2] = {advance(query, token[0], query_bytes),
+                                 advance(query, token[1], query_bytes)};
+    copy.operator()<kSlices>(from);
     copy_async_commit();
   };
   load_queries(y0);
-  // The lane's rows of out: up to y_stop. A raster of tokens may end inside its last row.
+  // The lane's rows of out are those below: of its first row, up to y_stop. A raster of tokens may end
+  // inside its last row.
   int y_stop = x < grid.window_w ? y_end : y0;
   if (grid.raster) y_stop = min(y_stop, (params.tokens - x + grid.map_w - 1) / grid.map_w);
+  y_stop -= n / 8;
   keep(y_stop);
-  char* out = static_cast<char*>(const_cast<void*>(params.out.data)) + window.image * params.out.image +
-              (warp_channel + lane.t % 2 * 8 + lane.t / 2 * 4) * 2;
 
-  load_inverse_scale<T>(inverse_scale, params.focus, channels);
+  table.load<T>(params.focus);
   const int tap_rows = Traits::tap_rows(channels, params.per_channel);
   const int tap_channel = params.per_channel ? warp_channel : 0;
   if constexpr (kTaps > 0) {
@@ -191,123 +217,102 @@ __global__ void __launch_bounds__(max_threads(kHeadDim, kTaps), 1)
                                       params.per_channel ? channels : kHeadDim);
   }
   const LaneTaps<kTaps> lane_taps(taps, tap_rows, tap_channel, lane);
-  const float* bias = reinterpret_cast<const float*>(taps + TapTable<kTaps>::bias_offset(tap_rows)) +
-                      tap_channel + 2 * lane.t;
+  uint32_t biases =
+      shared_address(taps) + TapTable<kTaps>::bias_offset(tap_rows) + (tap_channel + 2 * lane.t) * 4;
   const float* window_state = params.state + static_cast<int64_t>(blockIdx.z) * channels * (kHeadDim + 1);
   const float* s = window_state + warp_channel * kHeadDim;
   const float* m = window_state + channels * kHeadDim + warp_channel;
   const float state_scale = scale_of_state<T, Traits::kWarpChannels, kHeadDim>(s, m, lane.index);
-  if (patch == 0) pack_state<T, kHeadDim, kTaps>(state, s, m, state_scale, lane);
+  if (patch == 0) {
+    pack_state<T, kHeadDim, kTaps>(reinterpret_cast<uint4*>(fragments), s, m, state_scale, lane);
+  }
+  uint32_t state = shared_address(fragments);
+  keep(biases), keep(state);
 
   SliceGroup group(exchange, patch, params.patches, warp, warps);
-  const QueryFocus focus(params.focus, inverse_scale + warp_channel + 8 * lane.t, group, lane);
-  const int pixel_bytes = Traits::pixel_bytes(channels),
-            row_bytes = Traits::pitch(params.patches) * pixel_bytes;
-  uint32_t pixel = ring + (patch * kPatchColumns + lane.index % 8) * pixel_bytes + warp_channel * 2;
-  keep(pixel);
+  const FeatureMap<T, kSlices, kMode> features(params.focus, table, warp_channel, group, lane);
+  float eps = params.eps * state_scale;
+  RingRows<kTaps, Traits::kRingBlocks> ring_rows(
+      ring + patch * kPatchColumns * Traits::pixel_bytes(channels) + warp_channel * 2,
+      Traits::pixel_bytes(channels), Traits::pitch(params.patches) * Traits::pixel_bytes(channels), lane);
   int block = 0;  // of the ring, where the step's first row is
-  for (int y = y0; y < y_end; y += kStepRows, block = block + 1 < Traits::kRingBlocks ? block + 1 : 0) {
+  for (int y = y0; y < y_end; y += kStepRows) {
     copy_async_wait<0>();
-    __syncthreads();  // V of this step is visible, and nobody reads the rows of the step before
-    if (kTaps > 0 && y + kStepRows < y_end) {
+    __syncthreads();  // Q and V of this step are visible, and nobody reads the rows of the step before
+    const bool more = y + kStepRows < y_end;
+    if (kTaps > 0 && more) {
       values.load_block(y - Traits::kHalo + Traits::kReadBlocks * kStepRows,
                         block ? block - 1 : Traits::kRingBlocks - 1);
     }
-    if (!patch_inside) continue;
+    if (patch_inside) {
+      Words<kSlices> q;
+      float normalizer[Traits::kHeads][4];  // the denominator's other part; then 1 / (Q . m + eps)
+      features.queries(q, normalizer[0], eps, tile);
+      char* to[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) to[i] = const_cast<char*>(advance(out, token[i], out_bytes));
+      if (more) load_queries(y + kStepRows);
 
-    uint32_t q[Traits::kSlices][4][4];
-    float eps[4], room[4];
-    focus(
-        own_queries,
-        [&](const float (&powers)[Traits::kSlices][4][8]) {
+      // d = Q times the fragments of a block.
+      const auto times_state = [&](float (&d)[2][4], auto fragment) {
+        const float zero[4] = {};
+        unrolled<kSlices>([&](auto s) {
+          uint32_t f[4];
+          load_shared<(fragment * kSlices + s) * 512>(f, state);
 #pragma unroll
-          for (int r = 0; r < 4; ++r) {
-            room[r] = room_for_query<T, Traits::kSlices>(powers, r);
-#pragma unroll
-            for (int s = 0; s < Traits::kSlices; ++s) {
-#pragma unroll
-              for (int w = 0; w < 4; ++w) {
-                q[s][r][w] = Pair<T>::pack(powers[s][r][2 * w] * room[r], powers[s][r][2 * w + 1] * room[r]);
-              }
-            }
+          for (int i = 0; i < 2; ++i) {
+            const uint32_t (&upper)[4] = q[s][2 * i], (&lower)[4] = q[s][2 * i + 1];
+            const float (&sum)[4] = s ? static_cast<const float (&)[4]>(d[i]) : zero;
+            mma<T>(d[i], upper[0], lower[0], upper[1], lower[1], f[0], f[1], sum);
+            mma<T>(d[i], upper[2], lower[2], upper[3], lower[3], f[2], f[3], d[i]);
           }
-        },
-        [&](const Norms& norms) {
-          quad_gather(eps, __fdividef(params.eps * state_scale, phi_factor(norms)));
         });
-#pragma unroll
-    for (int r = 0; r < 4; ++r) eps[r] *= room[r];
-    char* to[4];
-    bool inside[4];
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      to[r] = out + static_cast<int64_t>(token[r]) * params.out.token;
-      inside[r] = y + r < y_stop;
-    }
-    if (y + kStepRows < y_end) load_queries(y + kStepRows);
-
-    const float zero[4] = {};
-    const auto times_state = [&](float (&d)[2][4], const uint4* fragments) {
-#pragma unroll
-      for (int s = 0; s < Traits::kSlices; ++s) {
-        const uint4 f = fragments[s * 32];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const uint32_t (&upper)[4] = q[s][2 * i], (&lower)[4] = q[s][2 * i + 1];
-          const float (&sum)[4] = s ? static_cast<const float (&)[4]>(d[i]) : zero;
-          mma<T>(d[i], upper[0], lower[0], upper[1], lower[1], f.x, f.y, sum);
-          mma<T>(d[i], upper[2], lower[2], upper[3], lower[3], f.z, f.w, d[i]);
-        }
-      }
-    };
-    float normalizer[Traits::kHeads][4];  // 1 / (Q . m + eps)
-#pragma unroll
-    for (int head = 0; head < Traits::kHeads; ++head) {
-      float d[2][4];
-      times_state(d, state + (Traits::kBlocks + head) * Traits::kSlices * 32);
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        normalizer[head][r] = __fdividef(1.0f, d[r / 2][r % 2 * 2] + d[r / 2][r % 2 * 2 + 1] + eps[r]);
-      }
-    }
-
-    PixelRows<kTaps> pixels;
-    if constexpr (kTaps > 0) {
-      pixels.template point<Traits::kRingBlocks>(pixel, pixel_bytes, row_bytes, block, lane.index / 8);
-    }
-
-    // Two n-blocks, 16 channels, at a time; a loop, so that only one pair's fragments are in flight.
-#pragma unroll 1
-    for (int pair = 0; pair < Traits::kBlocks / 2; ++pair) {
-      uint32_t word[2][4];  // channels 2t, 2t + 1 of either block, by pixel row
-      unrolled<2>([&](auto half) {
-        float o[2][4];
-        times_state(o, state + (2 * pair + half) * Traits::kSlices * 32);
-        const float2 start = kTaps ? *reinterpret_cast<const float2*>(bias + pair * 16 + half * 8) : float2{};
+      };
+      unrolled<Traits::kHeads>([&](auto h) {
+        constexpr int head =
+            Traits::kHeads - 1 - h;  // the first one last: its `normalizer` is what all start from
+        float d[2][4];
+        times_state(d, Constant<kBlocks + head>{});
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-          const float n = normalizer[Traits::kHeads == 2 && pair ? Traits::kHeads - 1 : 0][r];
-          float* two = &o[r / 2][r % 2 * 2];
-          two[0] = fmaf(two[0], n, start.x);
-          two[1] = fmaf(two[1], n, start.y);
+          normalizer[head][r] =
+              __fdividef(1.0f, d[r / 2][r % 2 * 2] + d[r / 2][r % 2 * 2 + 1] + normalizer[0][r]);
         }
-        if constexpr (kTaps > 0) {
-          convolve<T, kTaps, half * 16>(o, pixels, lane_taps.address + (2 * pair + half) * lane_taps.step);
-        }
-#pragma unroll
-        for (int r = 0; r < 4; ++r)
-          word[half][r] = Pair<T>::pack(o[r / 2][r % 2 * 2], o[r / 2][r % 2 * 2 + 1]);
       });
-      // Neighbours swap a word, so that the quad writes 32 adjacent bytes, a whole sector.
-      const bool odd = lane.t % 2;
+
+      PixelRows<kTaps> pixels;
+      ring_rows.point(pixels, block);
+      uint32_t weights = lane_taps.address;
+      int limit = y_stop - y;
+      // Two n-blocks, 16 channels, at a time.
+      unrolled<kBlocks / 2>([&](auto pair) {
+        unrolled<2>([&](auto half) {
+          constexpr int b = 2 * pair + half;
+          float o[2][4];
+          times_state(o, Constant<b>{});
+          float start[2] = {};
+          if constexpr (kTaps > 0) load_shared_pair<b * 32>(start, biases);
+          const float (&n)[4] = normalizer[Traits::kHeads == 2 ? pair : 0];
 #pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const uint32_t other = shuffle_xor<1>(odd ? word[0][r] : word[1][r]);
-        store_if(inside[r], to[r], make_uint2(odd ? other : word[0][r], odd ? word[1][r] : other));
-        to[r] += 32;
-      }
-      pixels.advance(32);
+          for (int r = 0; r < 4; ++r) {
+            o[r / 2][r % 2 * 2] = fmaf(o[r / 2][r % 2 * 2], n[r], start[0]);
+            o[r / 2][r % 2 * 2 + 1] = fmaf(o[r / 2][r % 2 * 2 + 1], n[r], start[1]);
+          }
+          if constexpr (kTaps > 0) {
+            convolve<T, kTaps, b * 16>(o, pixels, weights);
+            weights += lane_taps.step;
+          }
+          unrolled<4>([&](auto r) {
+            turn.put<half, r>(Pair<T>::pack(o[r / 2][r % 2 * 2], o[r / 2][r % 2 * 2 + 1]));
+          });
+        });
+        uint32_t vector[2][4];
+        turn.take(vector);
+        store_below<0, pair * 32>(limit, to[0], vector[0]);
+        store_below<2, pair * 32>(limit, to[1], vector[1]);
+      });
     }
+    block = block + 1 < Traits::kRingBlocks ? block + 1 : 0;
   }
 #endif
 }

@@ -2,12 +2,12 @@
 //
 // A warp owns a slice of 32 channels of K and all D value channels of its head (head_dim 16: both heads of
 // the slice; what mixes them is dropped). `groups` groups of C / 32 warps walk over the chunk, 32 tokens each
-// and step. K goes from global memory to registers, is focused there (focus.cuh), rounded, and transposed to
-// fragments of K^T by movmatrix; V comes by cp.async, two stages deep, and is read by ldmatrix.trans. m is
-// the same product with a column of ones. Accumulators stay in fp32 from end to end.
+// and step. The warps bring K and V of their slices by cp.async, V one step ahead of its use. K is mapped
+// (features.cuh), put back where it came from, and both operands are read by ldmatrix.trans. m is the same
+// product with a column of ones. Accumulators stay in fp32 from end to end.
 #pragma once
 
-#include "focus.cuh"
+#include "features.cuh"
 #include "windows.cuh"
 
 namespace flatten::cuda::tensorcore {
@@ -18,63 +18,58 @@ struct StateTraits {
   static constexpr int kBlocks = kValues / 8;                    // n-blocks of its mma
   static_assert(kHeadDim == 16 || kHeadDim % kSliceChannels == 0, "a slice lies in one head, or holds two");
 
-  /// 16 bytes of padding make the row an odd number of 16-byte vectors: the eight rows of an ldmatrix block
-  /// then lie in different banks.
-  static constexpr __host__ __device__ int row_bytes(int channels) { return channels * 2 + 16; }
-  static constexpr __host__ __device__ int stage_bytes(int channels) {
-    return kTileTokens * row_bytes(channels);
-  }
-  static constexpr int kKeyBytes = Focus<T, 1, kAnyPower>::kTileBytes;  // of a warp
   static constexpr __host__ __device__ int accumulator_bytes() { return (8 * kBlocks + 8) * 32 * 4; }
 
   static constexpr __host__ __device__ int shared_bytes(int channels, int groups) {
     const int slices = channels / kSliceChannels;
-    const int tiles = 2 * groups * stage_bytes(channels);
+    const int tiles = 3 * groups * slices * kTileBytes;  // of K, and two stages of V
     const int reduction = groups > 1 ? slices * accumulator_bytes() : 0;
-    return channels * 4 + SliceGroup::shared_bytes(groups, slices) + groups * slices * kKeyBytes +
+    return ScaleTable::bytes(channels) + SliceGroup::shared_bytes(groups, slices) +
            (tiles > reduction ? tiles : reduction);
   }
 };
 
 /// A warp's part of S and m: 32 channels of K as two m16 tiles. Row g of tile i, half h (c[2h], c[2h + 1]) is
-/// channel 8 (g / 2) + 2 (2i + h) + g % 2 of the slice: the order the transposed words come in.
+/// channel 16i + 8h + g of the slice.
 template <typename T, int kHeadDim>
 struct StateAccumulator {
   using Traits = StateTraits<T, kHeadDim>;
   float s[Traits::kBlocks][2][4] = {};
   float m[2][4] = {};
 
-  static __device__ __forceinline__ int channel(const Lane& lane, int tile, int half) {
-    return 8 * (lane.g / 2) + 2 * (2 * tile + half) + lane.g % 2;
-  }
-
-  /// Adds 32 tokens. k[r][w]: K of token g + 8r, as its 16-byte load came. values: shared address of the
-  /// tile's first token, at the first value channel.
-  __device__ __forceinline__ void add(const uint32_t (&k)[4][4], uint32_t values, int row_bytes,
-                                      const Lane& lane) {
+  /// Adds 32 tokens, from tiles: of K, and of the first slice of V. then_load() runs when K has been read.
+  template <typename Load>
+  __device__ __forceinline__ void add(uint32_t keys, uint32_t values, const Lane& lane, Load then_load) {
     const uint32_t one = Pair<T>::pack(1.0f, 1.0f);
-    // ldmatrix blocks: tokens 0-7 and 8-15 of channel block b, then of b + 1.
-    uint32_t address = values + (lane.index % 16) * row_bytes + (lane.index / 16) * 16;
-#pragma unroll
-    for (int step = 0; step < 2; ++step, address += 16 * row_bytes) {
-      uint32_t a[2][4];  // fragments of K^T: 16 channels by 16 tokens
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int w = 0; w < 4; ++w) a[w / 2][2 * half + w % 2] = transpose8x8(k[2 * step + half][w]);
-      }
+    // ldmatrix blocks: for fragments of K^T, 16 channels by 16 tokens, vectors 2i and 2i + 1 of tokens 0-7,
+    // then of tokens 8-15; of V, vector b of tokens 0-7 and 8-15, then vector b + 1.
+    uint32_t k = keys + tile_offset(lane.index % 8 + lane.index / 16 * 8, lane.index / 8 % 2);
+    uint32_t v = values + tile_offset(lane.index % 16, lane.index / 16);
+    keep(k), keep(v);
+    const uint32_t k_far = k ^ 32, v_far = v ^ 32;  // vectors 2 and 3
+    uint32_t a[2][2][4];
+    unrolled<2>([&](auto step) {
+      load_matrix_x4_transposed<step*(kTileBytes / 2)>(a[step][0], k);
+      load_matrix_x4_transposed<step*(kTileBytes / 2)>(a[step][1], k_far);
+    });
+    then_load();
+    unrolled<2>([&](auto step) {
+      constexpr int kOffset = step * (kTileBytes / 2);
       const auto product = [&](float (&sum)[2][4], uint32_t b0, uint32_t b1) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) mma<T>(sum[i], a[i][0], a[i][1], a[i][2], a[i][3], b0, b1, sum[i]);
+        for (int i = 0; i < 2; ++i) {
+          const uint32_t (&x)[4] = a[step][i];
+          mma<T>(sum[i], x[0], x[1], x[2], x[3], b0, b1, sum[i]);
+        }
       };
       product(m, one, one);
       unrolled<Traits::kBlocks / 2>([&](auto pair) {
-        uint32_t v[4];
-        load_matrix_x4_transposed<pair * 32>(v, address);
-        product(s[2 * pair], v[0], v[1]);
-        product(s[2 * pair + 1], v[2], v[3]);
+        uint32_t b[4];
+        load_matrix_x4_transposed<kOffset + pair / 2 * kTileBytes>(b, pair % 2 ? v_far : v);
+        product(s[2 * pair], b[0], b[1]);
+        product(s[2 * pair + 1], b[2], b[3]);
       });
-    }
+    });
   }
 
   /// Everything times `factor`.
@@ -113,15 +108,38 @@ struct StateAccumulator {
     }
   }
 
-  /// The same for sums whose columns came in the order of row_gradient.cuh's tiles, and whose m is the sum of
-  /// two columns.
+  /// Writes S and m, times `scale`, to the state of the window.
+  __device__ void store(float* state, int channels, int slice, float scale, const Lane& lane) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int c = 16 * i + 8 * half + lane.g;
+        float* row = state + static_cast<int64_t>(slice * kSliceChannels + c) * kHeadDim;
+#pragma unroll
+        for (int b = 0; b < Traits::kBlocks; ++b) {
+          const int first = kHeadDim == 16 ? i * 2 : 0;  // n-blocks of the row's own head
+          if (kHeadDim == 16 && b / 2 != first / 2) continue;
+          *reinterpret_cast<float2*>(row + (b - first) * 8 + 2 * lane.t) =
+              make_float2(s[b][i][2 * half] * scale, s[b][i][2 * half + 1] * scale);
+        }
+        if (lane.t == 0) {
+          state[static_cast<int64_t>(channels) * kHeadDim + slice * kSliceChannels + c] =
+              m[i][2 * half] * scale;
+        }
+      }
+    }
+  }
+
+  /// The same for sums whose rows and columns came in the order of row_gradient.cuh's tiles (row g of tile i,
+  /// half h: channel 8 (g / 2) + 2 (2i + h) + g % 2), and whose m is the sum of two columns.
   __device__ void store_tile_order(float* state, int channels, int slice, float scale,
                                    const Lane& lane) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int c = slice * kSliceChannels + channel(lane, i, half);
+        const int c = slice * kSliceChannels + 8 * (lane.g / 2) + 2 * (2 * i + half) + lane.g % 2;
         float* row = state + static_cast<int64_t>(c) * kHeadDim + 8 * lane.t;
 #pragma unroll
         for (int b = 0; b < Traits::kBlocks; ++b) {
@@ -134,52 +152,6 @@ struct StateAccumulator {
         }
       }
     }
-  }
-
-  /// Writes S and m, times `scale`, to the state of the window.
-  __device__ void store(float* state, int channels, int slice, float scale, const Lane& lane) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int c = channel(lane, i, half);
-        float* row = state + static_cast<int64_t>(slice * kSliceChannels + c) * kHeadDim;
-#pragma unroll
-        for (int b = 0; b < Traits::kBlocks; ++b) {
-          const int first = kHeadDim == 16 ? c / 16 * 2 : 0;  // n-blocks of the row's own head
-          if (kHeadDim == 16 && b / 2 != first / 2) continue;
-          *reinterpret_cast<float2*>(row + (b - first) * 8 + 2 * lane.t) =
-              make_float2(s[b][i][2 * half] * scale, s[b][i][2 * half + 1] * scale);
-        }
-        if (lane.t == 0) {
-          state[static_cast<int64_t>(channels) * kHeadDim + slice * kSliceChannels + c] =
-              m[i][2 * half] * scale;
-        }
-      }
-    }
-  }
-};
-
-/// fp16 only: K is rounded as 2^e K, where e follows the largest number seen, so that neither large inputs
-/// overflow nor small ones vanish. bf16 has fp32's range.
-struct RunningScale {
-  float value = 0x1p100f;
-
-  /// Makes room for the tile; what was summed so far is to be multiplied by what this returns.
-  __device__ __forceinline__ float make_room(const float (&y)[4][8], const float (&factor)[4]) {
-    float largest = 0.0f;
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(y[r][i] * factor[r]));
-    }
-    const unsigned bits = __reduce_max_sync(kAllLanes, __float_as_uint(largest));
-    constexpr int kRoom = 13;
-    if (__uint_as_float(bits) * value <= exp2f(kRoom + 1)) return 1.0f;
-    const float next = __uint_as_float((127 + kRoom + 127 - (bits >> 23)) << 23);  // 2^(kRoom - exponent)
-    const float change = next / value;
-    value = next;
-    return change;
   }
 };
 
@@ -194,91 +166,68 @@ __global__ void __launch_bounds__(max_threads(kHeadDim))
   const int warp = threadIdx.x / 32;
   const int group_index = warp / slices, slice = warp % slices;
   const int begin = blockIdx.x * params.chunk;
-  const int end = min(begin + params.chunk, params.keys);
+  int end = min(begin + params.chunk, params.keys);
+  keep(end);
   const Window window(params.grid, blockIdx.y);
 
-  // Shared memory: 1 / scale, the groups' exchange, the warps' tiles of K, then tiles[stage][group] of V.
-  float* inverse_scale = reinterpret_cast<float*>(shared);
-  unsigned char* exchange = shared + params.channels * 4;
-  unsigned char* keys = exchange + SliceGroup::shared_bytes(params.groups, slices);
-  unsigned char* tiles = keys + params.groups * slices * Traits::kKeyBytes;
+  // Shared memory: the scale, the groups' exchange, tiles of K and two stages of V, each by warp.
+  const ScaleTable table{shared, params.channels};
+  unsigned char* exchange = shared + ScaleTable::bytes(params.channels);
+  unsigned char* tiles = exchange + SliceGroup::shared_bytes(params.groups, slices);
+  const int stage_bytes = params.groups * slices * kTileBytes;
   SliceGroup group(exchange, group_index, params.groups, slice, slices);
-  const int row_bytes = Traits::row_bytes(params.channels);
-  uint32_t tile = shared_address(tiles) + group_index * Traits::stage_bytes(params.channels);
-  int other_tile = params.groups * Traits::stage_bytes(params.channels);  // from this stage to the other
+  uint32_t keys = shared_address(tiles) + warp * kTileBytes;
+  uint32_t own_keys = keys + tile_offset(lane.g, lane.t);  // the lane's vectors
+  keep(keys), keep(own_keys);
+  // V of the warp's head: the stage in use, and from there to the other one.
+  uint32_t values = keys + stage_bytes - slice % (Traits::kValues / kSliceChannels) * kTileBytes;
+  int other_stage = stage_bytes;
 
-  // ---- K: tokens past the end repeat the last one; their factor is 0.
-  const int first_channel = slice * kSliceChannels + 8 * lane.t;
-  const char* key =
-      static_cast<const char*>(params.key.data) + window.image * params.key.image + first_channel * 2;
-  uint32_t own_keys = shared_address(keys) + warp * Traits::kKeyBytes + lane.index * 16;
-  keep(own_keys), keep(key);
-  using KeyFocus = Focus<T, 1, kMode>;
-  const auto load_keys = [&](int first) {
-    int token[4];
-    window.tokens(token, params.grid, first + lane.g, end - 1);
-    unrolled<4>([&](auto r) {
-      copy_async<KeyFocus::offset(0, r), 0>(own_keys,
-                                            key + static_cast<int64_t>(token[r]) * params.key.token);
-    });
+  // ---- K and V; tokens past the end repeat the last one, their K is made 0.
+  const TileCopy copy(keys);
+  int copied_values = stage_bytes;  // from the tile of K to where V is brought next
+  const auto base = [&](const TokenArray& x) {
+    return static_cast<const char*>(x.data) + window.image * x.image + slice * 64 + TileCopy::byte();
   };
-  // ---- V: the warp brings its slice of 32 rows; eight lanes in a row write to different banks.
-  const int row = lane.index % 8, value_offset = slice * 64 + lane.index / 8 * 16;
-  const char* value =
-      static_cast<const char*>(params.value.data) + window.image * params.value.image + value_offset;
-  const auto load_values = [&](uint32_t to, int first) {
-    int token[4];
-    window.tokens(token, params.grid, first + row, end - 1);
-    to += row * row_bytes + value_offset;
-#pragma unroll
-    for (int r = 0; r < 4; ++r, to += 8 * row_bytes) {
-      copy_async(to, value + static_cast<int64_t>(token[r]) * params.value.token,
-                 first + row + 8 * r < end ? 16 : 0);
-    }
+  const char *key = base(params.key), *value = base(params.value);
+  int key_bytes = params.key.token, value_bytes = params.value.token;
+  keep(key), keep(value), keep(key_bytes), keep(value_bytes);
+  const auto load = [&](int first) {
+    int token[2];
+    window.tokens<TileCopy::kStep>(token, params.grid, first + TileCopy::token(), end - 1);
+    const char* const keys_from[2] = {advance(key, token[0], key_bytes), advance(key, token[1], key_bytes)};
+    copy.operator()<1>(keys_from);
+    const char* const values_from[2] = {advance(value, token[0], value_bytes),
+                                        advance(value, token[1], value_bytes)};
+    copy.operator()<1>(values_from, copied_values);
     copy_async_commit();
+    copied_values = 3 * stage_bytes - copied_values;
   };
 
   StateAccumulator<T, kHeadDim> sum;
   RunningScale scale;
   const int stride = params.groups * kTileTokens;
   int first = begin + group_index * kTileTokens;
-  load_keys(first);
-  load_values(tile, first);
-  load_inverse_scale<T>(inverse_scale, params.focus, params.channels);
+  load(first);
+  table.load<T>(params.focus);
   __syncthreads();
-  const KeyFocus focus(params.focus, inverse_scale + first_channel, group, lane);
+  const FeatureMap<T, 1, kMode> features(params.focus, table, slice * kSliceChannels, group, lane);
   for (; first < end; first += stride) {
     copy_async_wait<0>();
-    uint32_t k[4][4];
-    float change = 1.0f;
-    const LaneBias bias{params.focus.key_bias, params.channels, first_channel, first + lane.g, end - 1};
-    focus(own_keys, bias, [&](const float (&y)[1][4][8], const Norms& norms) {
-      float own_factor = phi_factor(norms);
-      if (first + lane.g + 8 * lane.t >= end) own_factor = 0.0f;
-      float factor[4];
-      quad_gather(factor, own_factor);
-      if constexpr (std::is_same_v<T, __half>) {
-        change = scale.make_room(y[0], factor);
-#pragma unroll
-        for (int r = 0; r < 4; ++r) factor[r] *= scale.value;
-      }
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-#pragma unroll
-        for (int w = 0; w < 4; ++w) {
-          k[r][w] = Pair<T>::pack(y[0][r][2 * w] * factor[r], y[0][r][2 * w + 1] * factor[r]);
-        }
-      }
-    });
+    __syncwarp();
+    Words<1> k;
+    const LaneBias bias{params.focus.key_bias, params.channels, slice * kSliceChannels + 8 * lane.t,
+                        first + lane.g, end - 1};
+    const float change = features.keys(k, bias, first + lane.g + 8 * lane.t < end, scale, own_keys);
+    if (std::is_same_v<T, __half> && change != 1.0f) sum.scale(change);
+    unrolled<4>([&](auto r) { store_shared<r * 512>(own_keys, k[0][r]); });
+    __syncwarp();
     // The group's warps have met: V of this step is visible, and nobody reads the other stage any more.
-    if (change != 1.0f) sum.scale(change);
-    if (first + stride < end) {
-      load_keys(first + stride);
-      load_values(tile + other_tile, first + stride);
-    }
-    sum.add(k, tile + slice * kSliceChannels / Traits::kValues * Traits::kValues * 2, row_bytes, lane);
-    tile += other_tile;
-    other_tile = -other_tile;
+    sum.add(keys, values, lane, [&] {
+      if (first + stride < end) load(first + stride);
+    });
+    values += other_stage;
+    other_stage = -other_stage;
   }
 
   if constexpr (std::is_same_v<T, __half>) sum.scale(1.0f / scale.value);

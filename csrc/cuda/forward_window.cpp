@@ -20,11 +20,7 @@ const WindowKernels* kernels_of(const AttentionForward& p) {
     case 32:
       return cubic ? &window_kernels<kDtype, 32, 3>() : &window_kernels<kDtype, 32, kRuntimeMode>();
     case 64:
-      // The two warps of a head would round K at different scales in fp16.
-      if constexpr (kDtype == Dtype::kBFloat16) {
-        return cubic ? &window_kernels<kDtype, 64, 3>() : &window_kernels<kDtype, 64, kRuntimeMode>();
-      }
-      return nullptr;
+      return cubic ? &window_kernels<kDtype, 64, 3>() : &window_kernels<kDtype, 64, kRuntimeMode>();
     default:
       return nullptr;
   }

@@ -34,6 +34,11 @@ struct Pair<__nv_bfloat16> {
     asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(x), "r"(0));
     return y;
   }
+  static __device__ __forceinline__ uint32_t multiply(uint32_t x, uint32_t y) {
+    uint32_t z;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(z) : "r"(x), "r"(y), "r"(0x80008000));  // minus zero
+    return z;
+  }
 };
 
 template <>
@@ -50,6 +55,11 @@ struct Pair<__half> {
     uint32_t y;
     asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(y) : "r"(x), "r"(0));
     return y;
+  }
+  static __device__ __forceinline__ uint32_t multiply(uint32_t x, uint32_t y) {
+    uint32_t z;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+    return z;
   }
 };
 
@@ -149,6 +159,28 @@ __device__ __forceinline__ void load_shared(uint32_t* x, uint32_t address) {
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                : "r"(address), "n"(kOffset));
 }
+template <int kOffset>
+__device__ __forceinline__ void load_shared(float* x, uint32_t address) {
+  asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4+%5];"
+               : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+               : "r"(address), "n"(kOffset));
+}
+
+/// Two numbers.
+template <int kOffset>
+__device__ __forceinline__ void load_shared_pair(float (&x)[2], uint32_t address) {
+  asm volatile("ld.shared.v2.f32 {%0,%1}, [%2+%3];" : "=f"(x[0]), "=f"(x[1]) : "r"(address), "n"(kOffset));
+}
+template <int kOffset>
+__device__ __forceinline__ void store_shared(uint32_t address, const uint32_t (&x)[4]) {
+  asm volatile("st.shared.v4.b32 [%0+%1], {%2,%3,%4,%5};" ::"r"(address), "n"(kOffset), "r"(x[0]), "r"(x[1]),
+               "r"(x[2]), "r"(x[3])
+               : "memory");
+}
+template <int kOffset>
+__device__ __forceinline__ void store_shared(uint32_t address, uint32_t x) {
+  asm volatile("st.shared.b32 [%0+%1], %2;" ::"r"(address), "n"(kOffset), "r"(x) : "memory");
+}
 
 /// 16 bytes from global to shared memory, asynchronously. kShared, kGlobal: added to the addresses.
 template <int kShared, int kGlobal>
@@ -158,13 +190,31 @@ __device__ __forceinline__ void copy_async(uint32_t shared, const void* global) 
                : "memory");
 }
 
-/// The same with kOffset in both, where `bytes` is 16; zeros where it is 0; nothing where it is negative.
+/// The same with kOffset in both, where `bytes` is 16; zeros where it is 0.
+template <int kOffset>
+__device__ __forceinline__ void copy_async_or_zeros(uint32_t shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0+%3], [%1+%3], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes),
+               "n"(kOffset)
+               : "memory");
+}
+
+/// The same; nothing where `bytes` is negative.
 template <int kOffset = 0>
 __device__ __forceinline__ void copy_async(uint32_t shared, const void* global, int bytes) {
   asm volatile(
       "{ .reg .pred some; setp.ge.s32 some, %2, 0; @some cp.async.cg.shared.global [%0+%3], [%1+%3], 16, %2; "
       "}" ::"r"(shared),
       "l"(global), "r"(bytes), "n"(kOffset)
+      : "memory");
+}
+
+/// Writes 16 bytes, kOffset behind `to`, if limit > kIndex: without the branch that an if would make.
+template <int kIndex, int kOffset>
+__device__ __forceinline__ void store_below(int limit, void* to, const uint32_t (&x)[4]) {
+  asm volatile(
+      "{ .reg .pred inside; setp.gt.s32 inside, %0, %1; @inside st.global.v4.b32 [%2+%7], {%3, %4, %5, %6}; "
+      "}" ::"r"(limit),
+      "n"(kIndex), "l"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "n"(kOffset)
       : "memory");
 }
 

@@ -1,7 +1,7 @@
 // Pixel rows of a token tensor, with their halo, to the ring of rows in shared memory that the taps read.
 #pragma once
 
-#include "mma.cuh"
+#include "warp_tile.cuh"
 #include "windows.cuh"
 
 namespace flatten::cuda::tensorcore {
@@ -33,26 +33,40 @@ class RowLoader {
       bytes_[i] = column < Traits::pitch(patches) ? (inside ? 16 : 0) : -1;
       keep(from_[i]), keep(bytes_[i]);
     }
-    keep(to_);
+    keep(to_), keep(row_bytes_), keep(pixel_bytes_), keep(token_bytes_), keep(rows_);
   }
 
   /// Four rows, y of the window and on, to a block of the ring; the warps of a strip's patches share them.
-  __device__ __forceinline__ void load_block(int y, int block) {
+  __device__ __forceinline__ void load_block(int y, int block) const {
     uint32_t to = to_ + (block * kStepRows + patch_) * row_bytes_;
     for (int j = patch_; j < kStepRows; j += patches_, to += patches_ * row_bytes_) {
-      const bool inside = static_cast<unsigned>(y + j) < static_cast<unsigned>(rows_);
-      const int64_t row = static_cast<int64_t>(inside ? window_.row(grid_, y + j) : 0) * token_bytes_;
-      const int read = inside ? -1 : ~16;
-      uint32_t at = to;
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i, at += 8 * pixel_bytes_) {
-        unrolled<Traits::kSlices>([&](auto s) { copy_async<s * 64>(at, from_[i] + row, bytes_[i] & read); });
+      if (static_cast<unsigned>(y + j) < static_cast<unsigned>(rows_)) {
+        const int token = window_.row(grid_, y + j);
+        copy_row(to, [&](int i) { return advance(from_[i], token, token_bytes_); }, ~0);
+      } else {
+        copy_row(to, [&](int i) { return from_[i]; }, ~16);  // zeros
       }
     }
     copy_async_commit();
   }
 
  private:
+  /// from(i): where the lane reads column 8i + lane % 8; mask: of bytes_.
+  template <typename From>
+  __device__ __forceinline__ void copy_row(uint32_t to, From from, int mask) const {
+    unrolled<kColumns>([&](auto i) {
+      const char* row = from(i);
+      unrolled<Traits::kSlices>([&](auto s) {
+        if constexpr (i == 0) {  // in every strip
+          copy_async_or_zeros<s * 64>(to, row, bytes_[i] & mask);
+        } else {
+          copy_async<s * 64>(to, row, bytes_[i] & mask);
+        }
+      });
+      to += 8 * pixel_bytes_;
+    });
+  }
+
   static constexpr int kColumns = (kMaxPatches * kPatchColumns + 2 * Traits::kHalo + 7) / 8;  // by eight
   const WindowGrid& grid_;
   const Window& window_;

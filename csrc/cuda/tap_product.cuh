@@ -99,6 +99,39 @@ struct PixelRows {
   }
 };
 
+/// The same from step to step, over a ring of kRingBlocks blocks of four rows.
+template <int kTaps, int kRingBlocks>
+struct RingRows {
+  using Rows = PixelRows<kTaps>;
+  uint32_t first;  // the lane's address of a block's first row, in block 0
+  int row_bytes, fifth, rest;
+
+  /// patch: address of the patch's first pixel, shift 0, in the ring's first row.
+  __device__ __forceinline__ RingRows(uint32_t patch, int pixel_bytes, int row_bytes, const Lane& lane)
+      : row_bytes(row_bytes) {
+    const int matrix = lane.index / 8, shift = min(matrix, kTaps - 1);
+    first = patch + (lane.index % 8 + shift) * pixel_bytes;
+    fifth = (4 - shift) * pixel_bytes + matrix * row_bytes;
+    rest = (min(matrix + 4, kTaps - 1) - matrix) * pixel_bytes;
+    keep(first), keep(this->row_bytes), keep(fifth), keep(rest);
+  }
+
+  /// block: where the step's input begins.
+  __device__ __forceinline__ void point(Rows& rows, int block) const {
+    if constexpr (kTaps > 0) {
+#pragma unroll
+      for (int i = 0; i < (Rows::kRows + 3) / 4; ++i) {
+        uint32_t row = first + block * (kStepRows * row_bytes);
+        block = block + 1 < kRingBlocks ? block + 1 : 0;
+        if (i < 2) rows.fifth[i] = row + fifth;
+#pragma unroll
+        for (int j = 4 * i; j < min(4 * i + 4, Rows::kRows); ++j, row += row_bytes) rows.row[j] = row;
+      }
+      rows.rest = rest;
+    }
+  }
+};
+
 /// out += the taps over eight channels of 8 x 4 pixels. Tile i is output rows 2i and 2i + 1; its A fragment
 /// for the taps of row dy and two shifts is the input rows 2i + dy and 2i + dy + 1 at these shifts. taps:
 /// shared address of the lane's row of the table. kOffset: of the channels in a pixel, in bytes.

@@ -21,19 +21,25 @@ struct Window {
   /// First token of the window's pixel row, and what a column adds to it. Below zero, an unsigned number is
   /// large: the least of the two is the one on the map.
   __device__ __forceinline__ int row(const WindowGrid& grid, int i) const {
-    return min(static_cast<unsigned>(y + i), static_cast<unsigned>(y + i - grid.map_h)) * grid.map_w;
+    return on_map(grid, y + i) * grid.map_w;
+  }
+  /// Row of the map that row i of the rolled map is; i may be in a second round.
+  __device__ __forceinline__ int on_map(const WindowGrid& grid, int i) const {
+    return min(static_cast<unsigned>(i), static_cast<unsigned>(i - grid.map_h));
   }
   __device__ __forceinline__ int column(const WindowGrid& grid, int j) const {
     return min(static_cast<unsigned>(x + j), static_cast<unsigned>(x + j - grid.map_w));
   }
 
-  /// Tokens number n, n + 8, n + 16 and n + 24 of the window's raster order; `last` for those beyond it.
-  __device__ __forceinline__ void tokens(int (&token)[4], const WindowGrid& grid, int n, int last) const {
+  /// Tokens number n, n + kStep, n + 2 kStep .. of the window's raster order; `last` for those beyond it.
+  template <int kStep = 8, int kCount>
+  __device__ __forceinline__ void tokens(int (&token)[kCount], const WindowGrid& grid, int n,
+                                         int last) const {
 #pragma unroll
-    for (int r = 0; r < 4; ++r) token[r] = min(n + 8 * r, last);
+    for (int r = 0; r < kCount; ++r) token[r] = min(n + kStep * r, last);
     if (grid.raster) return;
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
+    for (int r = 0; r < kCount; ++r) {
       const int i = token[r] / grid.window_w;
       token[r] = row(grid, i) + column(grid, token[r] - i * grid.window_w);
     }
