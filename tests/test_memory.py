@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+
+from flatten_ext import linear_attention
 
 MEASURE = """
 import resource, torch, flatten_ext
@@ -45,3 +50,27 @@ def test_nothing_of_the_size_of_the_tokens_is_allocated(dtype, window):
     assert tokens >= 32 * 2**20
     assert forward <= 2**20, f"{forward} bytes beside the output"
     assert backward <= 3 * 2**20, f"{backward} bytes beside the gradients"
+
+
+def flags_of_mapping(address: int) -> list[str]:
+    """The kernel's flags of the mapping that holds an address (proc(5), VmFlags)."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    return []
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists() or not Path("/proc/self/smaps").exists(),
+    reason="this system has no transparent huge pages to ask for",
+)
+def test_large_outputs_ask_for_large_pages():
+    def middle(t):
+        return t.data_ptr() + t.nbytes // 2
+
+    q = torch.ones(1, 1, 64).expand(1, 3 << 16, 64)  # 48 MiB, but as one row
+    assert "hg" in flags_of_mapping(middle(linear_attention(q, q, q, 1)))
+    assert "hg" not in flags_of_mapping(middle(torch.empty(q.shape)))
