@@ -87,7 +87,7 @@ def in_turn(
     rounds: int = 40,
     at_least: int = 5,
     give_up_ms: float = 4000,
-    prepare: Callable[[str], None] = lambda name: None,
+    prepare: Callable[[str], object] = lambda name: None,
 ) -> dict[str, Timing]:
     """Times every call in rounds of one call each.
 
