@@ -1,21 +1,22 @@
 """End-to-end images/s of the models: with the operator, with the eager formula, and timm's originals.
 
-    python benchmarks/models.py                       # batch 8, 224 px, fp32
-    python benchmarks/models.py --compile             # torch.compile on every side
-    python benchmarks/models.py --output models.json
+    python benchmarks/models.py                       # batch 8, 224 px, fp32, eager mode
+    python benchmarks/models.py --mode compiled       # torch.compile on every side
+    python benchmarks/models.py --mode both --output benchmarks/results/end-to-end.json
 
 "eager" is the same model with the formula of the public code in place of the operator, with its rolls, window
 partitions and copies, and LePE as a convolution of its own. Equality of the logits is checked before anything
 is timed. Variants are interleaved within one process; the figure is the median over rounds, and a speed-up
 the median of the ratios within rounds, so that neither drift nor page faults of one process favour a side.
+With --cpu-time, one thread and its processor time, other programs of a busy machine disturb the least.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
-import platform
 import statistics
 import time
 import types
@@ -28,8 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import flatten_ext
+from flatten_ext import info
 from flatten_ext.models._attention import FocusedAttention
+from flatten_ext.output import write_json
 from flatten_ext.reference import from_windows, to_windows
 
 ORIGINALS = {
@@ -37,6 +39,7 @@ ORIGINALS = {
     "flatten_pvt_v2_b0": "pvt_v2_b0",
     "flatten_deit_tiny": "deit_tiny_patch16_224",
 }
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 DEFAULT = ("flatten_swin_tiny", "flatten_cswin_tiny", "flatten_pvt_tiny", "flatten_pvt_v2_b0")
 
 
@@ -72,18 +75,20 @@ def eager_attend(
     tile, heads, head_dim = window or size, self.num_heads, channels // self.num_heads
     if key_size is None:  # without copies where one window covers the map, as in the public Swin
         q, k, v = (to_windows(x, size, tile, shift).flatten(0, 1) for x in (q, k, v))
+    image = v.transpose(1, 2)
     if self.get_v is not None:  # the public CSWin goes through (B, C, H, W) and back for each
-        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2).contiguous() for x in (q, k, v))
+        q, k, image = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, image))
     encoding = self.encoding(key_size if key_size is not None else tile)
     out = eager_formula(q, k, v, heads, F.softplus(self.scale), encoding, self.focusing_factor)
-    image = v.transpose(1, 2)
     if key_size is not None:
         image = F.interpolate(image, size=tokens, mode="linear")
-    maps = image.transpose(1, 2).unflatten(-1, (heads, head_dim)).permute(0, 2, 1, 3)
+    values = v if key_size is None else image.transpose(1, 2)
+    maps = values.unflatten(-1, (heads, head_dim)).permute(0, 2, 1, 3)
     local = self.dwc(maps.reshape(-1, tile[0], tile[1], head_dim).permute(0, 3, 1, 2))
     out = out + local.reshape(out.shape[0], channels, -1).permute(0, 2, 1)
     if self.get_v is not None:
-        lepe = self.get_v(image.contiguous().reshape(-1, channels, tile[0], tile[1]))
+        lepe = self.get_v(image.reshape(-1, channels, tile[0], tile[1]))
         out = out + lepe.reshape(out.shape[0], channels, -1).permute(0, 2, 1).contiguous()
     return out if key_size is not None else from_windows(out.unflatten(0, (batch, -1)), size, tile, shift)
 
@@ -120,27 +125,30 @@ def check(models: dict[str, nn.Module], image: Tensor) -> float:
     return difference
 
 
-def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def interleaved(
+    runs: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
     """Seconds of each run in each round; the order rotates."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     for run in runs.values():
-        run()
+        run()  # compiles, packs weights, faults pages in
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            start = time.perf_counter()
+            start = clock()
             runs[name]()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return times
 
 
-def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Times every variant of one model."""
+def measure(name: str, mode: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Times every variant of one model in one mode: "eager" or "compiled"."""
     image = torch.randn(args.batch, 3, args.size, args.size)
     models = variants(name, original=not args.no_original)
     difference = check(models, image)
-    if args.compile:
-        models = {key: torch.compile(model) for key, model in models.items()}
+    if mode == "compiled":
+        torch._dynamo.reset()
+        models = {key: torch.compile(model, dynamic=False) for key, model in models.items()}
 
     def forward(model: nn.Module) -> Callable[[], object]:
         def run() -> object:
@@ -149,13 +157,16 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
         return run
 
-    times = interleaved({key: forward(model) for key, model in models.items()}, args.rounds)
-    result: dict[str, Any] = {"model": name, "difference": difference, "images_per_second": {}, "speedup": {}}
+    runs = {key: forward(model) for key, model in models.items()}
+    times = interleaved(runs, args.rounds, CLOCKS[args.clock])
+    result: dict[str, Any] = {"model": name, "mode": mode, "difference": difference}
+    result["images_per_second"] = {k: args.batch / statistics.median(seconds) for k, seconds in times.items()}
+    result["speedup"], result["speedup_quartiles"] = {}, {}
     for key, seconds in times.items():
-        result["images_per_second"][key] = args.batch / statistics.median(seconds)
         if key != "operator":
             ratios = [theirs / ours for theirs, ours in zip(seconds, times["operator"], strict=True)]
-            result["speedup"][key] = statistics.median(ratios)
+            low, median, high = statistics.quantiles(ratios, n=4)
+            result["speedup"][key], result["speedup_quartiles"][key] = median, [low, high]
     return result
 
 
@@ -164,35 +175,30 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("models", nargs="*", default=DEFAULT)
+    parser.add_argument("--mode", choices=("eager", "compiled", "both"), default="eager")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="at least 2")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--compile", action="store_true", help="torch.compile every variant")
+    parser.add_argument("--cpu-time", action="store_true", help="one thread, by processor time")
     parser.add_argument("--no-original", action="store_true", help="leave out timm's softmax originals")
     parser.add_argument("--output", type=Path, help="write JSON here")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    machine = {
-        "machine": platform.processor() or platform.machine(),
-        "isa": flatten_ext._load.cpu_isa(),
-        "torch": torch.__version__,
-        "threads": args.threads,
-        "batch": args.batch,
-        "size": args.size,
-        "rounds": args.rounds,
-        "compile": args.compile,
-    }
-    print(json.dumps(machine))
+    args.clock = "cpu" if args.cpu_time else "wall"
+    torch.set_num_threads(1 if args.cpu_time else args.threads)
+    setup = {"machine": info.machine(), "clock": args.clock, "batch": args.batch, "size": args.size}
+    print(json.dumps(setup | {"rounds": args.rounds}), flush=True)
     results = []
-    for name in args.models:
-        result = measure(name, args)
-        results.append(result)
-        rates = ", ".join(f"{key} {rate:.1f}" for key, rate in result["images_per_second"].items())
-        gains = ", ".join(f"{gain:.2f}x {key}" for key, gain in result["speedup"].items())
-        print(f"{name}: images/s {rates}; operator is {gains}", flush=True)
+    for mode in ("eager", "compiled") if args.mode == "both" else (args.mode,):
+        for name in args.models:
+            result = measure(name, mode, args)
+            gc.collect()
+            results.append(result)
+            rates = ", ".join(f"{key} {rate:.1f}" for key, rate in result["images_per_second"].items())
+            gains = ", ".join(f"{gain:.2f}x {key}" for key, gain in result["speedup"].items())
+            print(f"{name}, {mode}: images/s {rates}; operator is {gains}", flush=True)
     if args.output:
-        args.output.write_text(json.dumps({"setup": machine, "results": results}, indent=1) + "\n")
+        write_json(args.output, setup | {"rounds": args.rounds, "results": results})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from timm.models import build_model_with_cfg, checkpoint
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from torch import Tensor, nn
 
+from ._mlp import tile_mlps
 from ._timm import undecayed
 
 __all__ = ["Pyramid", "PyramidStage", "create", "init_linear", "stage_sizes"]
@@ -95,6 +96,7 @@ class Pyramid(PyramidVisionTransformerV2):
         self.head: nn.Module = nn.Identity()
         if num_classes > 0:
             self.head = nn.Linear(embed_dims[-1], num_classes, device=device, dtype=dtype)
+        tile_mlps(self)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Resamples every positional encoding for images of another size."""

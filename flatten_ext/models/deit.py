@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ._attention import PackedAttention, Size
 from ._checkpoint import resample_encodings, unwrap
+from ._mlp import tile_mlps
 from ._timm import default_cfg, undecayed
 
 __all__ = ["FlattenBlock", "FlattenVisionTransformer", "FlattenVisionTransformerDistilled"]
@@ -55,6 +56,7 @@ class FocusedTokens(VisionTransformer):
                 for block, kind in zip(self.blocks, types, strict=True)
             )
         )
+        tile_mlps(self)
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Size]:
         size = self.patch_embed.dynamic_feat_size(x.shape[2:])

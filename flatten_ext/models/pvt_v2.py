@@ -13,6 +13,7 @@ from torch import nn
 
 from ._attention import PyramidAttention
 from ._checkpoint import resample_encodings, unwrap
+from ._mlp import tile_mlps
 from ._pyramid import Pyramid, create, stage_sizes
 from ._timm import attention_types, default_cfg
 
@@ -60,6 +61,7 @@ class FlattenPyramidTransformerV2(Pyramid):
                 dwc = block.attn.dwc
                 nn.init.normal_(dwc.weight, std=math.sqrt(2 / math.prod(dwc.kernel_size)))
                 nn.init.zeros_(dwc.bias)
+        tile_mlps(self)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ._attention import PackedAttention, Size
 from ._checkpoint import resample_encodings
+from ._mlp import tile_mlps
 from ._timm import attention_types, default_cfg, undecayed
 
 __all__ = ["FlattenSwinBlock", "FlattenSwinTransformer"]
@@ -115,6 +116,7 @@ class FlattenSwinTransformer(SwinTransformer):
                     for i, block in enumerate(stage.blocks)
                 ]
                 stage.blocks = nn.Sequential(*blocks)
+        tile_mlps(self)
 
     def no_weight_decay(self) -> set[str]:
         return super().no_weight_decay() | undecayed(self)
