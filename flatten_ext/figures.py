@@ -12,10 +12,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from .bench.style import FAINT, INK, quiet
 from .visualize import attention_map, softmax_map
 
 __all__ = ["draw_maps", "draw_ranks", "four_maps", "save"]
 
+_COLORS = ("#5b6b7f", "#d9822b", "#0b7a75", "#b0488c")
+_RING = {"markerfacecolor": "none", "markeredgecolor": "cyan", "markeredgewidth": 1.4}
 _TITLES = ("softmax", "linear (p = 1)", "focused (p = {p:g})", "focused + DWC")
 
 
@@ -46,39 +49,50 @@ def draw_maps(
         size: the map that the tokens tile.
     """
     height, width = size
-    figure = _figure(2.1 * (len(maps) + 1), 2.2 * len(queries))
+    figure = _figure(2.1 * (len(maps) + 1), 2.25 * len(queries) + 0.3)
     axes = figure.subplots(len(queries), len(maps) + 1, squeeze=False)
     extent = (0, image.shape[1], image.shape[0], 0)
     for row, (y, x) in zip(axes, queries, strict=True):
         token = int(y * height) * width + int(x * width)
         row[0].imshow(image, extent=extent)
-        row[0].set_title("query")
-        for axis, (title, matrix) in zip(row[1:], maps.items(), strict=True):
+        for axis, matrix in zip(row[1:], maps.values(), strict=True):
             prefix = matrix.shape[-1] - height * width
-            weights = matrix.mean(0)[prefix + token, prefix:].reshape(height, width)
-            axis.imshow(image.mean(-1), cmap="gray", extent=extent, alpha=0.6)
-            # Only the DWC has negative weights. Each map has its own colour scale: the shape is compared.
-            shown = weights.clamp_min(0).cpu().numpy()
-            axis.imshow(shown, cmap="magma", alpha=0.65, extent=extent, interpolation="nearest", vmin=0)
-            axis.set_title(title)
+            # Only the DWC has negative weights.
+            weights = matrix.mean(0)[prefix + token, prefix:].reshape(height, width).clamp_min(0)
+            axis.imshow(0.55 * image.mean(-1), cmap="gray", extent=extent, vmin=0, vmax=1)
+            # Each map has its own scale, for the shapes to be compared; the text tells how high it goes.
+            share = (weights / weights.max().clamp_min(1e-30)).cpu().numpy()
+            heat = matplotlib.colormaps["inferno"](0.3 + 0.7 * share)
+            heat[..., 3] = 0.85 * share
+            axis.imshow(heat, extent=extent, interpolation="nearest")
+            peak = float(weights.max()) * matrix.shape[-1]
+            axis.set_xlabel(f"peak: {peak:.1f} x uniform", fontsize=8, color=FAINT, labelpad=3)
         for axis in row:
-            axis.plot(x * image.shape[1], y * image.shape[0], "+", color="cyan", markersize=9)
-            axis.set_axis_off()
+            axis.plot(x * image.shape[1], y * image.shape[0], "o", markersize=7, **_RING)
+            axis.set(xticks=[], yticks=[])
+            for spine in axis.spines.values():
+                spine.set_visible(False)
+    for axis, title in zip(axes[0], ("query token", *maps), strict=True):
+        axis.set_title(title, color=INK)
     return figure
 
 
 def draw_ranks(maps: dict[str, Tensor], head_dim: int) -> Figure:
     """Singular values of each attention (mean over heads), and the rank linear attention cannot pass."""
-    figure = _figure(5.2, 3.6)
+    figure = _figure(5.2, 4.0)
     axis = figure.subplots()
-    for title, matrix in maps.items():
+    quiet(axis)
+    for (title, matrix), color in zip(maps.items(), _COLORS, strict=False):
         values = torch.linalg.svdvals(matrix)
         rank = torch.linalg.matrix_rank(matrix).double().mean()
         values = (values / values[:, :1]).mean(0).clamp_min(1e-17)
-        axis.semilogy(np.arange(1, len(values) + 1), values.cpu(), label=f"{title}: rank {rank:.0f}")
-    axis.axvline(head_dim, color="0.5", linestyle=":", label=f"head_dim = {head_dim}")
-    axis.set(xlabel="index", ylabel="singular value / largest", xlim=(1, matrix.shape[-1]))
-    axis.legend(frameon=False, fontsize=8)
+        look = {"color": color, "linewidth": 2, "label": f"{title}: rank {rank:.0f}"}
+        axis.semilogy(np.arange(1, len(values) + 1), values.cpu(), **look)
+    axis.axvline(head_dim, color=FAINT, linestyle=":", label=f"head_dim = {head_dim}")
+    axis.set(xlim=(1, matrix.shape[-1]))
+    axis.set_xlabel("index of the singular value", color=FAINT)
+    axis.set_ylabel("singular value / largest", color=FAINT)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
 
 
