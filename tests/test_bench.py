@@ -17,7 +17,17 @@ pytest.importorskip("timm")
 from typer.testing import CliRunner
 
 from flatten_ext import reference
-from flatten_ext.bench import ablation, alternatives, charts, mixers, quality, stages, tables, timing
+from flatten_ext.bench import (
+    ablation,
+    alternatives,
+    charts,
+    mixers,
+    quality,
+    report,
+    stages,
+    tables,
+    timing,
+)
 from flatten_ext.bench.check import CheckFailed, check_focused, relative_error
 from flatten_ext.bench.formulas import eager_attention, make_inputs
 from flatten_ext.bench.results import Results
@@ -35,6 +45,13 @@ def compare(monkeypatch):
     """benchmarks/compare.py: a script beside the package."""
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
     return importlib.import_module("compare")
+
+
+@pytest.fixture
+def evidence(monkeypatch):
+    """benchmarks/evidence.py, likewise."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    return importlib.import_module("evidence")
 
 
 def test_the_eager_baseline_is_the_formula():
@@ -142,7 +159,7 @@ def test_crossover_lies_where_the_lines_meet():
     assert charts.crossover(results, "tokens", "Hydra", stages.MODES[0], 1) is None
     assert results.interpolate("tokens", "flatten", stages.MODES[0], 1, 128) == pytest.approx(128)
     table = tables.tokens_table(results, 1, {"flatten": "ours", "softmax": "softmax", "Hydra": "Hydra"})
-    assert [row[-1] for row in table.rows] == ["", "256 tokens", "every size"]
+    assert [row[-2] for row in table.rows] == ["", "256 tokens", "every size"]
     assert table.rows[2][3] == "-"
 
 
@@ -258,10 +275,86 @@ def test_quick_bench_writes_json_markdown_and_svg(tmp_path, compare):
     assert results.shapes("stages") == [shape.name for shape in QUICK_STAGES]
     assert results.contenders("stages") == ["flatten", "eager", "softmax"]
     assert [results.tokens("tokens", shape) for shape in results.shapes("tokens")] == [64, 128, 256]
-    for name in ("stages", "stages-tokens"):
+    for name in ("headline", "stages", "stages-tokens"):
         assert (tmp_path / f"{name}.svg").read_text().startswith("<?xml")
     assert "| geometric mean |" in (tmp_path / "stages.md").read_text()
     assert compare.main([str(tmp_path / "stages.json")] * 2) == 0
+
+
+def test_alternatives_and_tokens_are_written(tmp_path):
+    for suite in ("alternatives", "tokens"):
+        arguments = ["bench", "--quick", "--suite", suite, "--threads", "1", "--output", str(tmp_path)]
+        result = CliRunner().invoke(build_app(), arguments)
+        assert result.exit_code == 0, result.output
+    text = (tmp_path / "alternatives.md").read_text()
+    assert "Milliseconds, forward," in text
+    assert "Milliseconds, forward+backward," in text
+    rows = [line for line in text.splitlines() if line.startswith("| neighborhood attention")]
+    assert [row.count("not measured") for row in rows] == [3, 3]  # two shapes and the GPU
+    text = (tmp_path / "tokens.md").read_text()
+    assert "| 64 | 128 | 256 | flatten faster from | GPU, 256 |" in text
+    assert "MiB at the peak" in text
+    for name in ("tokens", "memory"):
+        assert (tmp_path / f"{name}.svg").read_text().startswith("<?xml")
+
+
+def test_a_gpu_record_fills_the_gpu_column():
+    rows = [(n, name, 4.0) for n in (64, 256) for name in ("flatten", "softmax")]
+    results, labels = results_of(*rows), {"flatten": "ours", "softmax": "softmax"}
+    assert [row[-1] for row in tables.tokens_table(results, 1, labels).rows] == ["not measured"] * 2
+    with_gpu = tables.tokens_table(results, 1, labels, results_of((256, "flatten", 0.25)))
+    assert [row[-1] for row in with_gpu.rows] == ["0.25", "-"]
+
+
+def test_the_pages_show_the_records(evidence, capsys):
+    assert evidence.main(["--check"]) == 0, capsys.readouterr().out
+    page = "<!-- quality -->\nold\n<!-- end -->\n<!-- nothing -->\n<!-- end -->"
+    shown = evidence.rendered(page)
+    assert "old" not in shown
+    assert shown.count("| focused p=3 + DWC |") == 2
+    assert "(images/quality.svg)" in shown
+    assert "*Not measured.*" in shown
+    assert evidence.rendered(shown) == shown
+
+
+def test_models_are_timed_end_to_end(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    arguments = ["flatten_pvt_v2_b0", "--batch", "1", "--size", "64", "--rounds", "2", "--cpu-time"]
+    output = ["--output", str(tmp_path / "end-to-end.json")]
+    monkeypatch.setattr("sys.argv", ["models.py", *arguments, *output])
+    with timing.threads(torch.get_num_threads()):  # the script sets them for its process
+        importlib.import_module("models").main()
+    record = json.loads((tmp_path / "end-to-end.json").read_text())
+    assert record["machine"]["threads"] == 1
+    (table,) = report.tables_of("end-to-end", record)
+    assert [row[0] for row in table.rows] == ["flatten_pvt_v2_b0"]
+    assert all(float(cell) > 0 for cell in table.rows[0][1:])
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("flatten_swin_tiny", {"window_size": (8, 4, 2, 2), "img_size": 64}),  # windows and shifts
+        ("flatten_cswin_tiny", {"la_split_sizes": (4, 2, None, None), "img_size": 64}),  # LePE, stripes
+        ("flatten_pvt_tiny", {"la_sr_ratios": (8, 4, 2, 1), "img_size": 64}),  # reduced keys
+    ],
+)
+def test_the_eager_models_are_the_models(monkeypatch, model, options):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    benchmark, timm = importlib.import_module("models"), importlib.import_module("timm")
+    torch.manual_seed(0)
+    ours = timm.create_model(model, **options).eval()
+    for name, parameter in ours.named_parameters():
+        if name.endswith((".scale", ".positional_encoding")):
+            torch.nn.init.normal_(parameter, std=0.5)
+    eager = benchmark.with_eager_formula(ours)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(eager(x), ours(x), rtol=1e-4, atol=1e-5)
+        called = []
+        monkeypatch.setattr(benchmark, "eager_formula", lambda *a: called.append(1) or a[0])
+        eager(x)
+    assert called
 
 
 def test_the_roofline_and_the_models_are_written(tmp_path, monkeypatch):

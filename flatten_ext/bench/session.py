@@ -5,21 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from flatten_ext.bench import (
-    alternatives,
-    charts,
-    models,
-    quality,
-    quality_report,
-    stages,
-    tables,
-    timing,
-)
+from flatten_ext.bench import alternatives, models, quality, report, stages, timing
 from flatten_ext.bench.results import Results
 from flatten_ext.bench.shapes import QUICK_STAGES, STAGES, Shape, token_ladder
 from flatten_ext.output import write_json, write_text
@@ -89,40 +81,28 @@ def _run_stages(options: Options, console: Console) -> None:
         names, _ = alternatives.runnable(device, stages.AGAINST_TOKENS)
         batches = alternatives.time_ladder(ladder, names, device, options.pace / 2)
         found += _collect("tokens", console, len(ladder), batches)
-    results = Results(stages.record(found, rates, device, options.clock))
-    made = [tables.stages_table(results, count, stages.LABELS) for count in options.thread_counts]
-    _publish("stages", results, made, options, console)
-    charts.draw_speedups(results, options.output / "stages.svg", stages.LABELS)
-    charts.draw_against_tokens(results, "tokens", options.output / "stages-tokens.svg", stages.LABELS)
+    _publish("stages", stages.record(found, rates, device, options.clock), options, console)
 
 
 def _run_alternatives(options: Options, console: Console) -> None:
     device = torch.device(options.device)
     names, missing = alternatives.runnable(device)
-    found: list[stages.Measurement] = []
-    count = min(options.thread_counts)
-    with timing.threads(count):
+    with timing.threads(min(options.thread_counts)):
         batches = alternatives.time_at(options.stage_shapes, names, device, options.pace)
-        found += _collect("alternatives", console, len(options.stage_shapes), batches)
-    results = Results(stages.record(found, {}, device, options.clock) | {"not_measured": missing})
-    made = [tables.alternatives_table(results, count, alternatives.LABELS, missing)]
-    _publish("alternatives", results, made, options, console)
+        found = _collect("alternatives", console, len(options.stage_shapes), batches)
+    record = stages.record(found, {}, device, options.clock) | {"not_measured": missing}
+    _publish("alternatives", record, options, console)
 
 
 def _run_tokens(options: Options, console: Console) -> None:
     device = torch.device(options.device)
     names, missing = alternatives.runnable(device)
     shapes = token_ladder(6, 8) if options.quick else token_ladder(6, 18, 2)
-    count = min(options.thread_counts)
-    with timing.threads(count):
+    with timing.threads(min(options.thread_counts)):
         batches = alternatives.time_ladder(shapes, names, device, options.pace / 2)
         found = _collect("tokens", console, len(shapes), batches)
-    results = Results(stages.record(found, {}, device, options.clock) | {"not_measured": missing})
-    _publish("tokens", results, [tables.tokens_table(results, count, alternatives.LABELS)], options, console)
-    charts.draw_against_tokens(results, "tokens", options.output / "tokens.svg", alternatives.LABELS)
-    charts.draw_against_tokens(
-        results, "tokens", options.output / "memory.svg", alternatives.LABELS, "peak_bytes"
-    )
+    record = stages.record(found, {}, device, options.clock) | {"not_measured": missing}
+    _publish("tokens", record, options, console)
 
 
 def _run_roofline(options: Options, console: Console) -> None:
@@ -131,9 +111,9 @@ def _run_roofline(options: Options, console: Console) -> None:
         rate, bandwidth = timing.mm_rate(device), timing.copy_bandwidth(device)
         batches = alternatives.time_at(options.stage_shapes, ["flatten"], device, options.pace)
         found = _collect("roofline", console, len(options.stage_shapes), batches)
-    results = Results(
-        stages.record(found, {count: rate}, device, options.clock) | {"copy_gb_per_s": bandwidth}
-    )
+        rate = max(rate, timing.mm_rate(device))
+    record = stages.record(found, {count: rate}, device, options.clock) | {"copy_gb_per_s": bandwidth}
+    results = Results(record)
     points = []
     for shape in options.stage_shapes:
         ms = results.median("alternatives", shape.name, "flatten", stages.MODES[0], count)
@@ -145,12 +125,7 @@ def _run_roofline(options: Options, console: Console) -> None:
                 "gflops": shape.flops / ms / 1e6,
             }
         )
-    results.record["roofline"] = points
-    write_json(options.output / "roofline.json", results.record)
-    threads = "one thread" if count == 1 else f"{count} threads"
-    title = f"The forward under the roofs of this machine (float32, {threads})"
-    charts.draw_roofline(points, rate, bandwidth, title, options.output / "roofline.svg")
-    console.print(f"{options.output / 'roofline.svg'}", highlight=False)
+    _publish("roofline", record | {"threads": count, "roofline": points}, options, console)
 
 
 def _run_models(options: Options, console: Console) -> None:
@@ -161,12 +136,7 @@ def _run_models(options: Options, console: Console) -> None:
         for found in models.time_models(device, options.pace, pairs=pairs):
             rows += found
             bar.update(task, advance=1, description=f"models: {found[0]['model']}")
-    record = stages.record([], {}, device, options.clock) | {"models": rows}
-    write_json(options.output / "models.json", record)
-    table = tables.models_table(Results(record), rows)
-    write_text(options.output / "models.md", table.markdown())
-    charts.draw_models(rows, options.output / "models.svg")
-    console.print(table.rich())
+    _publish("models", stages.record([], {}, device, options.clock) | {"models": rows}, options, console)
 
 
 def _run_quality(options: Options, console: Console) -> None:
@@ -179,28 +149,23 @@ def _run_quality(options: Options, console: Console) -> None:
     with Progress(console=console) as bar:
         task = bar.add_task("quality", total=len(todo), completed=len(todo) - len(missing))
 
-        def report(result: dict) -> None:
+        def report_run(result: dict) -> None:
             name = f"{result['model']}, {result['variant']}, seed {result['seed']}"
             bar.update(task, advance=1, description=f"{name}: {100 * result['accuracy']:.1f} %")
 
-        quality.train_all(missing, folder, budget, options.jobs, report)
-    summary = quality.summarise(quality.collect(todo, folder, budget), budget)
-    write_json(options.output / "quality.json", summary)
-    made = quality_report.tables_of(summary)
-    write_text(options.output / "quality.md", "\n".join(table.markdown() for table in made))
-    quality_report.draw(summary, options.output / "quality.svg")
-    for table in made:
-        console.print(table.rich())
+        quality.train_all(missing, folder, budget, options.jobs, report_run)
+    _publish("quality", quality.summarise(quality.collect(todo, folder, budget), budget), options, console)
 
 
-def _publish(
-    name: str, results: Results, made: list[tables.Table], options: Options, console: Console
-) -> None:
-    write_json(options.output / f"{name}.json", results.record)
-    write_text(options.output / f"{name}.md", "\n".join(table.markdown() for table in made))
+def _publish(suite: str, record: dict[str, Any], options: Options, console: Console) -> None:
+    """Writes a suite's record, its tables and its charts, and shows the tables."""
+    made = report.tables_of(suite, record)
+    write_json(options.output / f"{suite}.json", record)
+    write_text(options.output / f"{suite}.md", "\n".join(table.markdown() for table in made))
+    report.draw(suite, record, options.output)
     for table in made:
         console.print(table.rich())
-    console.print(f"written to {options.output / name}.json, .md", highlight=False)
+    console.print(f"written to {options.output / suite}.json, .md", highlight=False)
 
 
 SUITES: dict[str, Callable[[Options, Console], None]] = {

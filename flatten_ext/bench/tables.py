@@ -13,7 +13,16 @@ from flatten_ext.bench.results import Results
 from flatten_ext.bench.shapes import QUICK_STAGES, STAGES
 from flatten_ext.bench.stages import MODES, geometric_mean
 
-__all__ = ["Table", "alternatives_table", "models_table", "stages_table", "tokens_table"]
+__all__ = [
+    "Table",
+    "alternatives_tables",
+    "end_to_end_tables",
+    "memory_table",
+    "models_table",
+    "roofline_table",
+    "stages_table",
+    "tokens_table",
+]
 
 FLOPS = {shape.name: shape.flops for shape in (*STAGES, *QUICK_STAGES)}
 NOT_MEASURED = "not measured"
@@ -58,12 +67,27 @@ def _threads(results: Results, count: int) -> str:
     return ("one thread" if count == 1 else f"{count} threads") + clock
 
 
-def stages_table(results: Results, threads: int, labels: Mapping[str, str]) -> Table:
+def _on(record: Mapping[str, Any]) -> str:
+    machine = record["machine"]
+    return f"{machine['cpu']}, {machine['cpu_isa']}, torch {machine['torch']}"
+
+
+def _gpu_times(gpu: Results | None, suite: str, shape: str, name: str, modes: Sequence[str]) -> str:
+    """The cell of a contender's milliseconds on a GPU."""
+    if gpu is None:
+        return NOT_MEASURED
+    count = min(gpu.thread_counts(suite))
+    return _pair([gpu.median(suite, shape, name, mode, count) for mode in modes], ".2f")
+
+
+def stages_table(
+    results: Results, threads: int, labels: Mapping[str, str], gpu: Results | None = None
+) -> Table:
     """Milliseconds of the op, its share of torch.mm's rate, and how many times faster it is than others."""
     others = [name for name in results.contenders("stages") if name != "flatten"]
     table = Table(
         f"Forward / forward+backward, float32, {_threads(results, threads)}",
-        ["shape", "flatten ms", "% of torch.mm", *(f"x {labels[name]}" for name in others)],
+        ["shape", "flatten ms", "% of torch.mm", *(f"x {labels[name]}" for name in others), "GPU ms"],
     )
     ratios: dict[str, list[list[float]]] = {name: [[], []] for name in others}
     rate = results.record["mm_gflops"][str(threads)]
@@ -80,65 +104,113 @@ def stages_table(results: Results, threads: int, labels: Mapping[str, str]) -> T
             for store, ratio in zip(ratios[name], both, strict=True):
                 store += [] if ratio is None else [ratio]
             row.append(_pair(both, ".2f"))
-        table.rows.append(row)
+        table.rows.append([*row, _gpu_times(gpu, "stages", shape, "flatten", MODES)])
     means = [_pair([geometric_mean(store) for store in ratios[name]], ".2f") for name in others]
-    table.rows.append(["geometric mean", "", "", *means])
-    table.note = f"torch.mm(2048) reached {rate:.0f} GFLOP/s here. x: how many times faster flatten is."
-    return table
-
-
-def alternatives_table(
-    results: Results, threads: int, labels: Mapping[str, str], missing: Mapping[str, str]
-) -> Table:
-    """Milliseconds of every alternative at every stage shape."""
-    shapes = results.shapes("alternatives")
-    table = Table(
-        f"Milliseconds, forward / forward+backward, float32, {_threads(results, threads)}",
-        ["attention", *(results.shape_label("alternatives", shape) for shape in shapes)],
+    table.rows.append(["geometric mean", "", "", *means, ""])
+    table.note = (
+        f"torch.mm(2048) reached {rate:.0f} GFLOP/s here. x: how many times faster flatten is. "
+        f"{_on(results.record)}."
     )
-    for name in results.contenders("alternatives"):
-        cells = [
-            _pair([results.median("alternatives", shape, name, mode, threads) for mode in MODES], ".2f")
-            for shape in shapes
-        ]
-        table.rows.append([labels[name], *cells])
-    for name in missing:
-        table.rows.append([labels[name], *([NOT_MEASURED] * len(shapes))])
-    table.note = "; ".join(f"{labels[name]} {reason}" for name, reason in missing.items())
     return table
 
 
-def tokens_table(results: Results, threads: int, labels: Mapping[str, str]) -> Table:
-    """Milliseconds and peak memory against tokens, and where the op overtakes each contender."""
+def alternatives_tables(
+    results: Results,
+    threads: int,
+    labels: Mapping[str, str],
+    missing: Mapping[str, str],
+    gpu: Results | None = None,
+) -> list[Table]:
+    """Milliseconds of every alternative at every stage shape: forward, and forward+backward."""
+    shapes = results.shapes("alternatives")
+    made = []
+    for mode in MODES:
+        table = Table(
+            f"Milliseconds, {mode}, float32, {_threads(results, threads)}",
+            ["attention", *(results.shape_label("alternatives", shape) for shape in shapes), "GPU"],
+        )
+        for name in results.contenders("alternatives"):
+            times = [results.median("alternatives", shape, name, mode, threads) for shape in shapes]
+            cells = ["-" if ms is None else _three_digits(ms) for ms in times]
+            on_gpu = _gpu_times(gpu, "alternatives", shapes[0], name, [mode])
+            table.rows.append([labels[name], *cells, on_gpu])
+        for name in missing:
+            on_gpu = _gpu_times(gpu, "alternatives", shapes[0], name, [mode])
+            table.rows.append([labels[name], *([NOT_MEASURED] * len(shapes)), on_gpu])
+        made.append(table)
+    reasons = "".join(f" {labels[name]}: {reason}." for name, reason in missing.items())
+    made[-1].note = f"GPU: at the first shape.{reasons} {_on(results.record)}."
+    return made
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def tokens_table(
+    results: Results, threads: int, labels: Mapping[str, str], gpu: Results | None = None
+) -> Table:
+    """Milliseconds against tokens, and where the op overtakes each contender."""
     shapes = results.shapes("tokens")
     sizes = [results.tokens("tokens", shape) for shape in shapes]
     table = Table(
-        f"Forward+backward against tokens, milliseconds (MiB at the peak), {_threads(results, threads)}",
-        ["attention", *(f"{size:,}" for size in sizes), "flatten faster from"],
+        f"Forward+backward against tokens, milliseconds, {_threads(results, threads)}",
+        ["attention", *(f"{size:,}" for size in sizes), "flatten faster from", f"GPU, {sizes[-1]:,}"],
+        note=f"B=1, C=64, 2 heads, float32. {_on(results.record)}. A dash is a size that was left out "
+        "because the one before took over a second.",
     )
     for name in results.contenders("tokens"):
-        row = [labels[name]]
-        for shape in shapes:
-            found = list(
-                results.select("tokens", shape=shape, contender=name, mode=MODES[1], threads=threads)
-            )
-            cell = "-"
-            if found:
-                cell = f"{found[0]['ms']['median']:.1f} ({found[0]['peak_bytes'] / 2**20:.1f})"
-            row.append(cell)
-        row.append("" if name == "flatten" else _overtakes(results, name, threads))
-        table.rows.append(row)
+        times = [results.median("tokens", shape, name, MODES[1], threads) for shape in shapes]
+        cells = ["-" if ms is None else _three_digits(ms) for ms in times]
+        overtakes = "" if name == "flatten" else _overtakes(results, name, threads)
+        on_gpu = _gpu_times(gpu, "tokens", shapes[-1], name, MODES[1:])
+        table.rows.append([labels[name], *cells, overtakes, on_gpu])
     return table
 
 
-def models_table(results: Results, rows: Sequence[Mapping[str, Any]]) -> Table:
+def memory_table(results: Results, threads: int, labels: Mapping[str, str]) -> Table:
+    """MiB at the peak of a training step against tokens."""
+    sizes = [results.tokens("tokens", shape) for shape in results.shapes("tokens")]
+    table = Table(
+        "MiB at the peak of a training step, against tokens",
+        ["attention", *(f"{size:,}" for size in sizes)],
+        note="Counted by torch's allocator at B=1, C=64, 2 heads, float32. A dash as above.",
+    )
+    for name in results.contenders("tokens"):
+        held = dict(results.line("tokens", name, MODES[1], threads, "peak_bytes"))
+        cells = [f"{held[size] / 2**20:.2f}" if size in held else "-" for size in sizes]
+        table.rows.append([labels[name], *cells])
+    return table
+
+
+def roofline_table(record: Mapping[str, Any]) -> Table:
+    """The dots of the roofline chart in figures."""
+    threads = record["threads"]
+    rate, bandwidth = record["mm_gflops"][str(threads)], record["copy_gb_per_s"]
+    table = Table(
+        f"The forward under the roofs, float32, {'one thread' if threads == 1 else f'{threads} threads'}",
+        ["shape", "flops per byte", "GFLOP/s", "% of the roof", "bound by"],
+        note=f"Roofs: torch.mm(2048) {rate:.0f} GFLOP/s, a large copy {bandwidth:.1f} GB/s. {_on(record)}.",
+    )
+    for point in record["roofline"]:
+        roof = min(rate, point["intensity"] * bandwidth)
+        cells = [f"{point['intensity']:.1f}", f"{point['gflops']:.1f}", f"{100 * point['gflops'] / roof:.0f}"]
+        table.rows.append([point["label"], *cells, "arithmetic" if roof == rate else "memory"])
+    return table
+
+
+def models_table(results: Results, rows: Sequence[Mapping[str, Any]], gpu: Results | None = None) -> Table:
     """Images per second of the models, end to end."""
     speeds = {row["model"]: row["images_per_second"] for row in rows}
+    on_gpu = (
+        {} if gpu is None else {r["model"]: f"{r['images_per_second']:.1f}" for r in gpu.record["models"]}
+    )
     first = rows[0]
     table = Table(
         f"Inference at 224 px, float32, batch {first['batch']}, {_threads(results, first['threads'])}",
-        ["model", "parameters, M", "GFLOP", "images/s", "x its softmax original"],
-        note="GFLOP: of one image, a multiplication and an addition counted as two. Random weights.",
+        ["model", "parameters, M", "GFLOP", "images/s", "x its softmax original", "GPU images/s"],
+        note="GFLOP: of one image, a multiplication and an addition counted as two. Random weights. "
+        f"{_on(results.record)}.",
     )
     for row in rows:
         other = row["compared_with"]
@@ -146,13 +218,47 @@ def models_table(results: Results, rows: Sequence[Mapping[str, Any]]) -> Table:
         if other and not row["softmax_original"]:
             ratio = f"{row['images_per_second'] / speeds[other]:.2f}"
         cells = [row["parameters"] / 1e6, row["flops"] / 1e9, row["images_per_second"]]
-        table.rows.append([row["model"], *(f"{cell:.2f}" for cell in cells), ratio])
+        gpu_cell = on_gpu.get(row["model"], NOT_MEASURED)
+        table.rows.append([row["model"], *(f"{cell:.2f}" for cell in cells), ratio, gpu_cell])
     return table
+
+
+def end_to_end_tables(record: Mapping[str, Any]) -> list[Table]:
+    """Images per second with the op and with the eager formula in its place, of `benchmarks/models.py`."""
+    made = []
+    threads = record["machine"]["threads"]
+    count = "one thread" if threads == 1 else f"{threads} threads"
+    clock = ", processor time" if record["clock"] == "cpu" else ""
+    for mode in dict.fromkeys(row["mode"] for row in record["results"]):
+        table = Table(
+            f"{'torch.compile on every side' if mode == 'compiled' else 'Eager mode'}, images/s at batch "
+            f"{record['batch']}, {record['size']} px, float32, {count}{clock}",
+            ["model", "operator", "eager formula", "speed-up", "timm's original", "speed-up over it"],
+            note=f"Medians of {record['rounds']} interleaved rounds. {_on(record)}.",
+        )
+        for row in record["results"]:
+            if row["mode"] == mode:
+                rates, gains = row["images_per_second"], row["speedup"]
+                cells = [rates["operator"], rates["eager"]]
+                original = "timm original" in rates
+                table.rows.append(
+                    [
+                        row["model"],
+                        *(f"{cell:.1f}" for cell in cells),
+                        f"{gains['eager']:.2f}",
+                        f"{rates['timm original']:.1f}" if original else "",
+                        f"{gains['timm original']:.2f}" if original else "",
+                    ]
+                )
+        made.append(table)
+    return made
 
 
 def _overtakes(results: Results, name: str, threads: int) -> str:
     ratios = [results.ratio("tokens", shape, name, MODES[1], threads) for shape in results.shapes("tokens")]
     measured = [ratio for ratio in ratios if ratio is not None]
+    if not measured:
+        return "-"
     if all(ratio >= 1 for ratio in measured):
         return "every size"
     meeting = crossover(results, "tokens", name, MODES[1], threads)
