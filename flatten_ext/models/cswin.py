@@ -13,6 +13,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.pvt_v2 import OverlapPatchEmbed
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ._attention import FocusedAttention, Size
 from ._checkpoint import resample_encodings, unwrap
@@ -58,6 +59,13 @@ class LePEAttention(nn.Module):
         out = out.transpose(1, 2).flatten(2) + self.get_v(image).flatten(2).transpose(1, 2)
         out = out.unflatten(0, (-1, rows, columns)).unflatten(3, (wh, ww))
         return out.transpose(2, 3).flatten(1, 4)
+
+
+def _divides(stripe: int, size: Size) -> bool:
+    """Whether stripes tile the map. Of a size that a graph leaves open: whether they tile every such map; to
+    ask of the one at hand would tie the graph to the answer."""
+    known = statically_known_true if torch.compiler.is_compiling() else bool
+    return all(known(side % stripe == 0) for side in size)
 
 
 class CSWinBlock(nn.Module):
@@ -135,12 +143,13 @@ class CSWinBlock(nn.Module):
     def forward(self, x: Tensor, feat_size: Size) -> Tensor:
         """(B, H * W, C) -> (B, H * W, C); maps that the stripes do not divide are padded at their end."""
         y, (height, width) = self.norm1(x), feat_size
-        if self.split_size is not None and (height % self.split_size or width % self.split_size):
+        if self.split_size is not None and not _divides(self.split_size, feat_size):
             y = y.unflatten(1, (height, width))
             y = F.pad(y, (0, 0, 0, -width % self.split_size, 0, -height % self.split_size))
             padded = y.shape[1:3]
             y = self._attend(y.flatten(1, 2), padded).unflatten(1, padded)
-            y = y[:, :height, :width].flatten(1, 2)
+            # Cropped by padding: whether a slice can be flattened in place depends on the size.
+            y = F.pad(y, (0, 0, 0, width - padded[1], 0, height - padded[0])).flatten(1, 2)
         else:
             y = self._attend(y, feat_size)
         x = x + self.drop_path1(self.proj_drop(y))

@@ -19,7 +19,7 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "pvt_v2": ("flatten_pvt_v2_b0", {"embed_dims": (16, 32, 40, 64), "depths": (1, 1, 1, 1)}),
     "cswin": (
         "flatten_cswin_tiny",
-        {"embed_dim": 16, "depths": (1, 1, 2, 1), "num_heads": (2, 4, 4, 4)},
+        {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (2, 4, 4, 4)},
     ),
 }
 
