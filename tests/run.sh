@@ -16,30 +16,34 @@ emulator=${CUDAEMU:-../shared/cuda-emulator/cudaemu}
 step "environment: $venv"
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
 venv=$(cd "$venv" && pwd)
+export PATH="$venv/bin:$PATH"
 # Without a GPU the CUDA library is built for what the emulator runs; with one, for what it is.
 if ! command -v nvidia-smi >/dev/null; then
   export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-8.0+PTX}
 fi
-"$venv/bin/pip" install -q -e ".[test]"
-"$venv/bin/python" -m flatten_ext info
+# The build requirements of pyproject.toml first: an isolated build would fetch torch, gigabytes, a second time.
+pip install -q torch "setuptools>=77" ninja "pybind11>=2.13"
+pip install -q --no-build-isolation -e ".[test]"
+python -m flatten_ext info
 
 step "CPU tests"
-"$venv/bin/python" -m pytest -q -n 2 -m "not gpu and not packaging"
+python -m pytest -q -n 2 --dist worksteal -m "not gpu and not packaging"
 
 step "packaging tests"
-"$venv/bin/python" -m pytest -q -m packaging
+# CMake in one process, installing in the other.
+python -m pytest -q -n 2 --dist loadfile -m packaging
 
 step "bad arguments under AddressSanitizer"
-PYTHON="$venv/bin/python" bash tests/sanitizer.sh
+bash tests/sanitizer.sh
 
-if "$venv/bin/python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+if python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
   step "GPU tests"
-  "$venv/bin/python" -m pytest -q -m gpu
+  python -m pytest -q -m gpu
 elif [ -x "$emulator" ] && [ -e flatten_ext/lib/libflatten_cuda.so ]; then
   step "GPU tests under the CUDA emulator: compute capability 8.0, warp-level race checks too"
-  "$emulator" --cc 8.0 --warp-race-check --no-sticky -- "$venv/bin/python" -m pytest -q -n 2 -m gpu
+  "$emulator" --cc 8.0 --warp-race-check --no-sticky -- python -m pytest -q -n 2 --dist worksteal -m gpu
   step "GPU tests under the CUDA emulator: compute capability 9.0"
-  "$emulator" --cc 9.0 --no-sticky -- "$venv/bin/python" -m pytest -q -n 2 -m gpu
+  "$emulator" --cc 9.0 --no-sticky -- python -m pytest -q -n 2 --dist worksteal -m gpu
 else
   step "GPU tests: skipped, no GPU and no emulator (or no CUDA library built)"
 fi

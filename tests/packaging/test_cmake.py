@@ -70,6 +70,7 @@ def test_find_package(build: Path, tmp_path: Path) -> None:
         f"-DCMAKE_PREFIX_PATH={prefix}", cwd=tmp_path,
     )  # fmt: skip
     run("cmake", "--build", consumer, cwd=tmp_path)
-    assert "100% tests passed, 0 tests failed out of 1" in run("ctest", "--output-on-failure", cwd=consumer)
+    passed = run("ctest", "--output-on-failure", cwd=consumer)
+    assert re.search(r"100% tests passed.* out of 1$", passed, re.M)  # releases of CMake word it differently
     library = next(prefix.rglob("libflatten.so"))
     assert "python" not in run("ldd", library, cwd=tmp_path)
