@@ -11,6 +11,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "torch_errors.h"
+
 namespace flatten {
 namespace {
 

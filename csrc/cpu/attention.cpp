@@ -10,6 +10,7 @@
 
 #include "../attention_args.h"
 #include "../outputs.h"
+#include "../torch_errors.h"
 #include "kernels.h"
 
 namespace flatten::cpu {

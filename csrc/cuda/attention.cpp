@@ -11,6 +11,7 @@
 
 #include "../attention_args.h"
 #include "../outputs.h"
+#include "../torch_errors.h"
 #include "launch.h"
 
 namespace flatten::cuda {

@@ -7,12 +7,18 @@
 #pragma once
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
 #include <cstdint>
 #include <optional>
 #include <vector>
+
+// The headers of torch 2.11 lack the check that passes torch's own words on.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
 
 namespace flatten {
 
