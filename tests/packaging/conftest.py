@@ -9,7 +9,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from building import CPU_ONLY, OLDER_TORCH, ROOT, Venv, run
+from building import BRISK, CPU_ONLY, OLDER_TORCH, ROOT, Venv, run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -37,11 +37,11 @@ def source_tree(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from the sdist, fully optimised, against the torch that runs the tests."""
+    """Built from the sdist, against the torch that runs the tests."""
     folder = tmp_path_factory.mktemp("wheel")
     run(
         sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, sdist,
-        cwd=folder, env=CPU_ONLY,
+        cwd=folder, env=BRISK,
     )  # fmt: skip
     return next(folder.glob("flatten_ext-*.whl"))
 

@@ -18,7 +18,8 @@ TORCH = f"-DTorchStable_ROOT={torch.__path__[0]}"
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cmake")
-    run("cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", TORCH, "-DFLATTEN_WITH_CUDA=OFF", cwd=folder)
+    options = [TORCH, "-DFLATTEN_WITH_CUDA=OFF", "-DCMAKE_CXX_FLAGS_RELEASE=-O1"]  # compiled in half the time
+    run("cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", *options, cwd=folder)
     run("cmake", "--build", folder, cwd=folder)
     return folder
 
