@@ -52,10 +52,16 @@ class FocusedLinearAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if dim % num_heads:
+        if num_heads < 1:
+            raise ValueError(f"num_heads is {num_heads}, expected a positive number")
+        if dim < 1 or dim % num_heads:
             raise ValueError(f"dim is {dim}, expected a multiple of num_heads, {num_heads}")
         if kernel_size is not None and kernel_size % 2 == 0:
             raise ValueError(f"kernel_size is {kernel_size}, expected an odd number")
+        pairs = {"window": window, "shift": shift, "positional_encoding": positional_encoding}
+        for name, pair in pairs.items():
+            if pair is not None and not (isinstance(pair, Sequence) and len(pair) == 2):
+                raise ValueError(f"{name} is {pair}, expected two numbers (height, width)")
         if window is not None and num_prefix_tokens:
             raise ValueError(f"num_prefix_tokens is {num_prefix_tokens}, expected 0 with a window")
         if shift is not None and window is None:

@@ -1,4 +1,4 @@
-"""Every instruction set whose kernels this processor runs is held to the oracle, not only the one it chooses."""
+"""Kernels of every instruction set that this processor runs are held to the oracle, not only those in use."""
 
 from __future__ import annotations
 
