@@ -47,7 +47,11 @@ class BackwardKernel : AttentionKernel<X> {
     set_zero(shared.scale, slots * c_.padded_count());
     set_zero(shared.bias, slots * c_.padded_count());
     set_zero(shared.weight, slots * weight_elements());
-    set_zero(shared.key_bias, shared.bias_slots * shared.bias_elements);
+    // The gradient of key_bias may be as large as the keys, so all slots clear and sum it.
+    const i64 bias_rows = p_.grad_key_bias ? keys_.tokens() : 0;
+    for_each_run(parallel, slots, shared.bias_slots * bias_rows, [&](i64 begin, i64 end) {
+      set_zero(shared.key_bias + begin * c_.padded_count(), (end - begin) * c_.padded_count());
+    });
 
     auto whole = [&](int slot) {
       Scratch scratch = make_scratch(shared, slot);
@@ -70,6 +74,8 @@ class BackwardKernel : AttentionKernel<X> {
     if (schedule.whole > 0) for_each_slot(parallel, slots, whole);
     for (i64 pair = schedule.whole; pair < schedule.pairs; ++pair)
       run_shared(parallel, schedule, pair, shared);
+    for_each_run(parallel, slots, bias_rows,
+                 [&](i64 begin, i64 end) { write_key_bias_gradient(shared, begin, end); });
     write_gradients(shared, slots);
   }
 
@@ -370,7 +376,12 @@ class BackwardKernel : AttentionKernel<X> {
       }
       write_parameter(p_.grad_scale, c, -sum / read_parameter<T>(in_.mapping.scale, c));
     }
-    for (i64 j = 0; p_.grad_key_bias && j < keys_.tokens(); ++j) {
+    write_taps_gradients(shape_, shared.weight, shared.bias, slots, p_.grad_weight, p_.grad_bias);
+  }
+
+  /// The same of rows [begin, end) of key_bias.
+  void write_key_bias_gradient(const Shared& shared, i64 begin, i64 end) const {
+    for (i64 j = begin; j < end; ++j) {
       for (i64 h = 0; h < c_.heads; ++h) {
         for (i64 d = 0; d < c_.padded; d += kLanes<T>) {
           const T* from = shared.key_bias + j * c_.padded_count() + h * c_.padded + d;
@@ -380,7 +391,6 @@ class BackwardKernel : AttentionKernel<X> {
         }
       }
     }
-    write_taps_gradients(shape_, shared.weight, shared.bias, slots, p_.grad_weight, p_.grad_bias);
   }
 
   const AttentionBackward& p_;

@@ -38,4 +38,12 @@ void for_each_slot(const Parallel& parallel, int slots, Body& body) {
       &body);
 }
 
+/// body(begin, end) for runs that cover [0, count), one to a slot, in parallel.
+template <class Body>
+void for_each_run(const Parallel& parallel, int slots, i64 count, const Body& body) {
+  if (count == 0) return;
+  auto run = [&](int slot) { body(count * slot / slots, count * (slot + 1) / slots); };
+  for_each_slot(parallel, slots, run);
+}
+
 }  // namespace flatten::cpu::FLATTEN_ISA
