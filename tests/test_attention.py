@@ -234,6 +234,16 @@ def test_offsets_beyond_32_bits():
     assert torch.equal(attention(**{**arguments, "q": far}), attention(**arguments))
 
 
+def test_sums_over_a_long_map_keep_their_precision():
+    """Sums of 2^16 float32 terms in one chain are off by 1e-5."""
+    arguments = Case(size=(256, 256), heads=1, batch=1, kernel=None).arguments()
+    grad_out = torch.randn(arguments["q"].shape, generator=torch.Generator().manual_seed(1))
+    expected = oracle_gradients(arguments, grad_out)
+    found = gradients(attention, arguments, grad_out)
+    for name in ("out", "q", "k", "v"):
+        assert relative_error(found[name], expected[name]) <= TOLERANCE[torch.float32], name
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("name", ["large-map", "shifted", "batch-1-many-blocks"])
 def test_bitwise_deterministic(name, threads):

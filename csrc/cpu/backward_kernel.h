@@ -216,6 +216,12 @@ class BackwardKernel : AttentionKernel<X> {
 
   /// dq of positions [begin, end) of a window, and their part of dS, dm (without the 1 / M) and dscale.
   void query_pass(i64 pair, i64 begin, i64 end, Scratch& scratch, const Sums<T>& gradients) const {
+    Base::in_chains(
+        begin, end, scratch.features.chain, gradients,
+        [&](i64 from, i64 to, const Sums<T>& into) { query_chain(pair, from, to, scratch, into); });
+  }
+
+  void query_chain(i64 pair, i64 begin, i64 end, Scratch& scratch, const Sums<T>& gradients) const {
     T *g = scratch.packed, *w = scratch.gradient;
     Features<T>& features = scratch.features;
     T ones[kBlock], rest[kBlock], a[kBlock], b[kBlock];
