@@ -117,11 +117,10 @@ class AttentionKernel {
     });
   }
 
-  /// sum(from, to, into) for the chains of [begin, end), their sums added up in order. A float32 sum of n
-  /// terms in one chain is off by about 6e-8 sqrt(n); of a large map that would be the largest error by far.
+  /// sum(from, to, into) for the chains (kChainBlocks) of [begin, end), their sums added up in order.
   template <class Sum>
   void in_chains(i64 begin, i64 end, const Sums<T>& chain, const Sums<T>& total, const Sum& sum) const {
-    constexpr i64 kChain = 16 * kBlock;
+    constexpr i64 kChain = kChainBlocks * kBlock;
     if (end - begin <= kChain) return sum(begin, end, total);
     for (i64 at = begin; at < end; at += kChain) {
       set_zero(chain.s, sums_elements());

@@ -44,9 +44,7 @@ class BackwardKernel : AttentionKernel<X> {
     lay_out(measure, shared, slots);
     Arena arena(shared_workspace(measure.used()));
     lay_out(arena, shared, slots);
-    set_zero(shared.scale, slots * c_.padded_count());
-    set_zero(shared.bias, slots * c_.padded_count());
-    set_zero(shared.weight, slots * weight_elements());
+    clear(shared.parameters, slots);
     // The gradient of key_bias may be as large as the keys, so all slots clear and sum it.
     const i64 bias_rows = p_.grad_key_bias ? keys_.tokens() : 0;
     for_each_run(parallel, slots, shared.bias_slots * bias_rows, [&](i64 begin, i64 end) {
@@ -80,11 +78,16 @@ class BackwardKernel : AttentionKernel<X> {
   }
 
  private:
+  /// dy y and dbias as padded rows, dweight in the kernels' order.
+  struct ParameterSums {
+    T *scale, *bias, *weight;
+  };
+
   /// What the slots of a call share or leave for each other; per slot unless said.
   struct Shared {
     T *partial_sums, *partial_gradients;  // of the pair at hand
-    T *scale, *bias, *weight;             // dy y and dbias as padded rows, dweight in the kernels' order
-    T* key_bias;                          // bias_slots times window_keys padded rows
+    ParameterSums parameters;
+    T* key_bias;  // bias_slots times window_keys padded rows
     i64 partial_stride, bias_elements;
     int bias_slots;
   };
@@ -99,19 +102,34 @@ class BackwardKernel : AttentionKernel<X> {
     T* transposed;  // S^T in the query pass, dS^T in the key pass
     T *weights, *zero_bias;
     TapsRing<X, T> ring;
-    T *scale_sum, *weight_sum, *bias_sum,
-        *key_bias_sum;  // this slot's part of Shared, null where not asked for
+    ParameterSums chain, total;  // of the tokens since the last end_chain; of this slot, in Shared
+    T* key_bias_sum;             // this slot's part of Shared, null where not asked for
   };
 
   i64 weight_elements() const { return p_.grad_weight ? shape_.weight_elements() : 0; }
+
+  ParameterSums take_parameter_sums(Arena& arena, int slots) const {
+    return {arena.take<T>(slots * c_.padded_count()), arena.take<T>(slots * c_.padded_count()),
+            arena.take<T>(slots * weight_elements())};
+  }
+  void clear(const ParameterSums& sums, int slots) const {
+    set_zero(sums.scale, slots * c_.padded_count());
+    set_zero(sums.bias, slots * c_.padded_count());
+    set_zero(sums.weight, slots * weight_elements());
+  }
+  /// Adds the sums of a chain of tokens to the slot's own (see in_chains) and starts a new one.
+  void end_chain(const Scratch& scratch) const {
+    add_to(scratch.total.scale, scratch.chain.scale, c_.padded_count());
+    add_to(scratch.total.bias, scratch.chain.bias, c_.padded_count());
+    add_to(scratch.total.weight, scratch.chain.weight, weight_elements());
+    clear(scratch.chain, 1);
+  }
 
   void lay_out(Arena& arena, Shared& s, int slots) const {
     s.partial_stride = ceil_div(Base::sums_elements(), 16) * 16;
     s.partial_sums = arena.take<T>(slots * s.partial_stride);
     s.partial_gradients = arena.take<T>(slots * s.partial_stride);
-    s.scale = arena.take<T>(slots * c_.padded_count());
-    s.bias = arena.take<T>(slots * c_.padded_count());
-    s.weight = arena.take<T>(slots * weight_elements());
+    s.parameters = take_parameter_sums(arena, slots);
     s.key_bias = arena.take<T>(s.bias_slots * s.bias_elements);
   }
 
@@ -124,6 +142,7 @@ class BackwardKernel : AttentionKernel<X> {
     s.sums = Base::sums_at(arena.take<T>(Base::sums_elements()));
     s.gradients = Base::sums_at(arena.take<T>(Base::sums_elements()));
     s.transposed = arena.take<T>(c_.matrices());
+    s.chain = take_parameter_sums(arena, 1);
     if (!needs_ring_) return;
     s.weights = arena.take<T>(shape_.weight_elements());
     s.zero_bias = arena.take<T>(c_.padded);
@@ -143,9 +162,10 @@ class BackwardKernel : AttentionKernel<X> {
       s.ring.clear();
     }
     const i64 bias_slot = shared.bias_slots == 1 ? 0 : slot;
-    s.scale_sum = p_.grad_scale ? shared.scale + slot * c_.padded_count() : nullptr;
-    s.bias_sum = shared.bias + slot * c_.padded_count();
-    s.weight_sum = shared.weight + slot * weight_elements();
+    clear(s.chain, 1);
+    s.total = {shared.parameters.scale + slot * c_.padded_count(),
+               shared.parameters.bias + slot * c_.padded_count(),
+               shared.parameters.weight + slot * weight_elements()};
     s.key_bias_sum = p_.grad_key_bias ? shared.key_bias + bias_slot * shared.bias_elements : nullptr;
     return s;
   }
@@ -216,9 +236,11 @@ class BackwardKernel : AttentionKernel<X> {
 
   /// dq of positions [begin, end) of a window, and their part of dS, dm (without the 1 / M) and dscale.
   void query_pass(i64 pair, i64 begin, i64 end, Scratch& scratch, const Sums<T>& gradients) const {
-    Base::in_chains(
-        begin, end, scratch.features.chain, gradients,
-        [&](i64 from, i64 to, const Sums<T>& into) { query_chain(pair, from, to, scratch, into); });
+    Base::in_chains(begin, end, scratch.features.chain, gradients,
+                    [&](i64 from, i64 to, const Sums<T>& into) {
+                      query_chain(pair, from, to, scratch, into);
+                      end_chain(scratch);
+                    });
   }
 
   void query_chain(i64 pair, i64 begin, i64 end, Scratch& scratch, const Sums<T>& gradients) const {
@@ -259,7 +281,8 @@ class BackwardKernel : AttentionKernel<X> {
       }
       if (!needs_query_rows_) continue;
       const Rows<X> dx = rows_of<X>(p_.grad_query, block);
-      const RowGradients<X, T> to{p_.grad_query.data ? dx.at : nullptr, nullptr, scratch.scale_sum};
+      const RowGradients<X, T> to{p_.grad_query.data ? dx.at : nullptr, nullptr,
+                                  p_.grad_scale ? scratch.chain.scale : nullptr};
       focus_query_.backward(rows_of<X>(in_.query, block).at, {}, block.count, w, c_, scratch.focus,
                             features.norms, dot, to);
     }
@@ -315,8 +338,10 @@ class BackwardKernel : AttentionKernel<X> {
         Base::first_block(queries_, pair + 1, next);
         expect_queries(next, upcoming);
       }
-      if (needs_sums_) Base::map_keys(block, scratch.focus, features);
-      for (int t = 0; t < block.count; ++t) weight[t] = features.norms.factor[t] * mean;
+      if (needs_sums_) {
+        Base::map_keys(block, scratch.focus, features);
+        for (int t = 0; t < block.count; ++t) weight[t] = features.norms.factor[t] * mean;
+      }
       const bool has_taps = needs_ring_ && !tile.is_prefix;
       if (has_taps) scratch.ring.begin_tile(p_.grad_out, keys_, image, window, tile);
       const Rows<const X> values = rows_of<X>(in_.value, block);
@@ -336,6 +361,7 @@ class BackwardKernel : AttentionKernel<X> {
         }
       }
       if (needs_key_rows_) key_rows(block, scratch, dot);
+      if ((index + 1) % kChainBlocks == 0 || index + 1 == end) end_chain(scratch);
     }
   }
 
@@ -347,8 +373,8 @@ class BackwardKernel : AttentionKernel<X> {
       const TapsOutput<X, T> to{scratch.dv, scratch.zero_bias, grad_value.at, h * c_.dim};
       taps_.convolve(scratch.ring, scratch.weights + weights, tile, to, upcoming);
     }
-    if (p_.grad_weight) taps_.correlate(scratch.ring, scratch.packed, tile, scratch.weight_sum + weights);
-    if (p_.grad_bias) sum_head(scratch.ring, tile, scratch.bias_sum + h * c_.padded);
+    if (p_.grad_weight) taps_.correlate(scratch.ring, scratch.packed, tile, scratch.chain.weight + weights);
+    if (p_.grad_bias) sum_head(scratch.ring, tile, scratch.chain.bias + h * c_.padded);
   }
 
   /// factor dK of one head of a block, and its part of every row's dot product with z. `weight`: factor / M.
@@ -367,7 +393,8 @@ class BackwardKernel : AttentionKernel<X> {
   /// dk of a block from factor dK.
   void key_rows(const Block& block, const Scratch& scratch, const T* dot) const {
     const Rows<X> dx = rows_of<X>(p_.grad_key, block);
-    const RowGradients<X, T> to{p_.grad_key.data ? dx.at : nullptr, scratch.key_bias_sum, scratch.scale_sum};
+    const RowGradients<X, T> to{p_.grad_key.data ? dx.at : nullptr, scratch.key_bias_sum,
+                                p_.grad_scale ? scratch.chain.scale : nullptr};
     focus_key_.backward(rows_of<X>(in_.key, block).at, Base::bias_rows(block), block.count, scratch.gradient,
                         c_, scratch.focus, scratch.features.norms, dot, to);
   }
@@ -378,11 +405,12 @@ class BackwardKernel : AttentionKernel<X> {
       // y = (relu(x) + eps) / scale, so dscale = -sum of dy y / scale.
       T sum = 0;
       for (int s = 0; s < slots; ++s) {
-        sum += shared.scale[s * c_.padded_count() + c / c_.dim * c_.padded + c % c_.dim];
+        sum += shared.parameters.scale[s * c_.padded_count() + c / c_.dim * c_.padded + c % c_.dim];
       }
       write_parameter(p_.grad_scale, c, -sum / read_parameter<T>(in_.mapping.scale, c));
     }
-    write_taps_gradients(shape_, shared.weight, shared.bias, slots, p_.grad_weight, p_.grad_bias);
+    write_taps_gradients(shape_, shared.parameters.weight, shared.parameters.bias, slots, p_.grad_weight,
+                         p_.grad_bias);
   }
 
   /// The same of rows [begin, end) of key_bias.

@@ -22,10 +22,13 @@ class ConvKernel {
         taps_(TapsKernels<X, T>::select(in.taps.kernel_w)) {}
 
   void forward(const ConvForward& p, const Parallel& parallel) const {
-    for_each_tile(parallel, schedule(parallel), false, p.x, [&](Work& work) {
-      const Rows<X> out = rows_of<X>(p.out, work.block);
-      for (i64 h = 0; h < c_.heads; ++h) convolve(work, h, out);
-    });
+    for_each_tile(
+        parallel, schedule(parallel), false, p.x,
+        [&](Work& work) {
+          const Rows<X> out = rows_of<X>(p.out, work.block);
+          for (i64 h = 0; h < c_.heads; ++h) convolve(work, h, out);
+        },
+        [](Work&) {});
   }
 
   void backward(const ConvBackward& p, const Parallel& parallel) const {
@@ -41,7 +44,7 @@ class ConvKernel {
     set_zero(bias_sums, plan.slots * c_.padded_count());
     T ones[kBlock];
     for (T& one : ones) one = 1;
-    for_each_tile(parallel, plan, true, p.grad_out, [&](Work& work) {
+    const auto sum_tile = [&](Work& work) {
       const Rows<const X> x = rows_of<X>(p.x, work.block);
       const Rows<X> grad_x = rows_of<X>(p.grad_x, work.block);
       for (i64 h = 0; h < c_.heads; ++h) {
@@ -54,13 +57,18 @@ class ConvKernel {
         if (work.tile.is_prefix) continue;
         if (p.grad_weight) {
           pack_head(x, work.block.count, h, c_, ones, work.packed);
-          T* sum = weight_sums + work.slot * weights + shape_.weight_vector(h, 0);
-          taps_.correlate(work.ring, work.packed, work.tile, sum);
+          taps_.correlate(work.ring, work.packed, work.tile, work.weight_sum + shape_.weight_vector(h, 0));
         }
-        if (p.grad_bias)
-          sum_head(work.ring, work.tile, bias_sums + work.slot * c_.padded_count() + h * c_.padded);
+        if (p.grad_bias) sum_head(work.ring, work.tile, work.bias_sum + h * c_.padded);
       }
-    });
+    };
+    const auto end_chain = [&](Work& work) {
+      add_to(weight_sums + work.slot * weights, work.weight_sum, weights);
+      add_to(bias_sums + work.slot * c_.padded_count(), work.bias_sum, c_.padded_count());
+      set_zero(work.weight_sum, weights);
+      set_zero(work.bias_sum, c_.padded_count());
+    };
+    for_each_tile(parallel, plan, true, p.grad_out, sum_tile, end_chain);
     write_taps_gradients(shape_, weight_sums, bias_sums, plan.slots, p.grad_weight, p.grad_bias);
   }
 
@@ -73,7 +81,8 @@ class ConvKernel {
     TapsRing<X, T> ring;
     Upcoming upcoming;
     T *weights, *bias;
-    T *zeros, *packed;  // one head of a block
+    T *weight_sum, *bias_sum;  // of a chain of tiles
+    T *zeros, *packed;         // one head of a block
   };
 
   Schedule schedule(const Parallel& parallel) const {
@@ -85,16 +94,19 @@ class ConvKernel {
   void lay_out(Arena& arena, Work& work) const {
     work.weights = arena.take<T>(shape_.weight_elements());
     work.bias = arena.take<T>(c_.padded_count());
+    work.weight_sum = arena.take<T>(shape_.weight_elements());
+    work.bias_sum = arena.take<T>(c_.padded_count());
     work.zeros = arena.take<T>(c_.head_stride());
     work.packed = arena.take<T>(c_.head_stride());
     work.ring = TapsRing<X, T>(shape_, arena);
   }
 
-  /// body(work) for every tile of every window, with `source` in the ring. All pairs' tiles form one list,
-  /// which the slots share evenly.
-  template <class Body>
+  /// body(work) for every tile of every window, with `source` in the ring, and end_chain(work) after every
+  /// kChainBlocks and the last: float32 sums stay short (see AttentionKernel::in_chains). All pairs' tiles
+  /// form one list, which the slots share evenly.
+  template <class Body, class EndChain>
   void for_each_tile(const Parallel& parallel, const Schedule& plan, bool transposed, const Tokens& source,
-                     const Body& body) const {
+                     const Body& body, const EndChain& end_chain) const {
     const i64 tiles = tiling_.count(), windows = in_.geometry.windows();
     auto slot_tiles = [&](int slot) {
       Work work;
@@ -106,6 +118,8 @@ class ConvKernel {
       fill_weights(in_.taps, shape_, transposed, work.weights);
       fill_tap_bias(transposed ? Taps{} : in_.taps, c_, work.bias);
       set_zero(work.zeros, c_.head_stride());
+      set_zero(work.weight_sum, shape_.weight_elements());
+      set_zero(work.bias_sum, c_.padded_count());
       work.ring.clear();
       const i64 end = plan.begin(plan.pairs * tiles, slot + 1);
       for (i64 at = plan.begin(plan.pairs * tiles, slot); at < end; ++at) {
@@ -115,6 +129,7 @@ class ConvKernel {
         fill_tile(grid_, work.block, image, window, work.tile);
         if (!work.tile.is_prefix) work.ring.begin_tile(source, grid_, image, window, work.tile);
         body(work);
+        if ((at + 1) % kChainBlocks == 0 || at + 1 == end) end_chain(work);
       }
     };
     for_each_slot(parallel, plan.slots, slot_tiles);

@@ -15,6 +15,10 @@ FLATTEN_INLINE i64 greater(i64 a, i64 b) { return a > b ? a : b; }
 /// Tokens a block may hold: its q, k, v and gradient rows stay in the caches near the core.
 constexpr int kBlock = 64;
 
+/// Blocks whose terms are added up one after the other before they join a longer sum. A float32 sum of n
+/// terms in one chain is off by about 6e-8 sqrt(n), which on a large map would be the largest error by far.
+constexpr i64 kChainBlocks = 16;
+
 /// Channels of a token in the blocks the kernels compute on: the heads one after the other, each padded with
 /// zeros to whole vectors. Element (head, token, channel) of a block lies at
 /// (head * kBlock + token) * padded + channel, so that one head's rows are adjacent.
