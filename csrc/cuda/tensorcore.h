@@ -38,8 +38,8 @@ struct BackwardBuffers {
 cudaError_t launch(const AttentionBackward& params, const Device& device, const BackwardBuffers& buffers,
                    cudaStream_t stream);
 
-/// Small windows in one launch (forward_window.cpp): head dimensions 16, 32 and 64; up to 256 tokens; no taps,
-/// 3 x 3 or 5 x 5.
+/// Small windows in one launch (forward_window.cpp): head dimensions 16, 32 and 64; up to 256 tokens; no
+/// taps, 3 x 3 or 5 x 5.
 bool takes_windows(const AttentionForward& params, const Device& device);
 cudaError_t launch_windows(const AttentionForward& params, cudaStream_t stream);
 
