@@ -68,6 +68,11 @@ HALF = [
         on_map(5, 12, batch=1, window=(5, 6), shift=(2, 1), head_dim=64, kernel=(3, 3), p=1.0, key_bias=True)
     ),
     half(on_map(9, 5, batch=1, kernel=(3, 3), per_channel=True), FP16),
+    half(
+        on_map(7, 14, batch=1, window=(7, 7), shift=(2, 3), head_dim=64, kernel=(5, 5), key_bias=True), FP16
+    ),
+    half(on_map(8, 7, batch=1, head_dim=64, p=2.0, tap_size=0.0), FP16),
+    half(on_map(12, 20, batch=1, eps=0.3, kernel=(5, 5), tap_size=0.0)),
     on_map(12, 12, heads=2, kernel=(5, 5), dtype=BF16, key_bias=True),
     on_map(12, 12, heads=2, kernel=(5, 5), dtype=FP16),
 ]
@@ -138,6 +143,13 @@ def test_inputs_of_any_size(amplitude, dtype):
     assert_close(call.run(), call.oracle().run(reference), 2 * TOLERANCE[dtype][0], "out")
     for name, gradient in call.gradients().items():
         assert torch.isfinite(gradient).all(), name
+
+
+@pytest.mark.parametrize("shape", [(20, 18), (7, 7)])
+@pytest.mark.parametrize("amplitude", [1e-9, 1e8])
+def test_norms_beyond_float32(amplitude, shape):
+    """Sums of y^6 that overflow, or vanish, on large maps and in small windows."""
+    check(half(on_map(*shape, batch=1, amplitude=amplitude, eps=1e-20)), gradients=False)
 
 
 @pytest.mark.parametrize("mask", range(1, 128, 9))
