@@ -2,7 +2,7 @@
 
 namespace flatten::cuda::tensorcore {
 template <>
-const BackwardKernels& backward_kernels<3>() {
-  return Backward<3>::kKernels;
+const BackwardKernels& backward_kernels<Dtype::kBFloat16, 32, 3>() {
+  return Backward<__nv_bfloat16, 32, 3>::kKernels;
 }
 }  // namespace flatten::cuda::tensorcore

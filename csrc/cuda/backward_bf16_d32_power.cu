@@ -2,7 +2,7 @@
 
 namespace flatten::cuda::tensorcore {
 template <>
-const BackwardKernels& backward_kernels<kRuntimeMode>() {
-  return Backward<kRuntimeMode>::kKernels;
+const BackwardKernels& backward_kernels<Dtype::kBFloat16, 32, kRuntimeMode>() {
+  return Backward<__nv_bfloat16, 32, kRuntimeMode>::kKernels;
 }
 }  // namespace flatten::cuda::tensorcore

@@ -1,195 +1,173 @@
-// dk and dv: one block to a (strip of columns, run of rows, window), as forward_output.cuh.
+// dk, dv and the gradients of the taps: one block to a (strip of columns, run of rows, window), as
+// forward_output.cuh.
 //
-//   dv = K dS + mirrored taps over grad_out      r = (V dS^T + dm) f, from which dk (row_gradient.cuh)
-// where dS and dm are the gradients of S and m over M. The ring of rows holds grad_out.
+//   dv = f w dS + mirrored taps over grad_out      r = (v dS^T + dm) f, from which dk (row_gradient.cuh)
+// where dS and dm are the gradients of S and m over M, and T = w . r = f (v . (w dS) + w . dm).
 #pragma once
 
-#include "forward_output.cuh"
 #include "row_gradient.cuh"
+#include "row_loader.cuh"
+#include "state_gradient.cuh"
+#include "tap_gradient.cuh"
 
 namespace flatten::cuda::tensorcore {
 
-template <typename T, int kHeadDim, int kTaps>
-struct KeyGradientTraits : OutputTraits<T, kHeadDim, kTaps> {
-  using Base = OutputTraits<T, kHeadDim, kTaps>;
-  static_assert(kHeadDim == 32, "one slice to a head");
-  static constexpr int kTile = Base::kQueryBytes;
-  static constexpr int kFragments =
-      2 * Base::kBlocks * Base::kSlices * 512;  // of a head: dS and its transpose
-  static constexpr __host__ __device__ int tile_bytes(int channels, int patches) {
-    return channels / kHeadDim * patches * 3 * kTile;  // of a warp: two stages of k, one of v
+template <int kHeadDim, int kTaps>
+struct KeyGradientTraits {
+  static constexpr int kStages = 2;
+  using Layout = BackwardLayout<kHeadDim, kStages>;
+  static constexpr int kSlices = 1;  // RowLoader: of a warp
+  static constexpr bool kSumsTaps = sums_taps(kTaps);
+  static constexpr int kHalo = kTaps / 2;
+  // The ring of grad_out in blocks of four pixel rows: what a step reads, and one block in flight. A pixel is
+  // an odd number of 16-byte vectors: eight of them in a row lie in different banks.
+  static constexpr int kReadBlocks = (kStepRows + 2 * kHalo + kStepRows - 1) / kStepRows;
+  static constexpr int kRingBlocks = kReadBlocks + 1;
+  static constexpr __host__ __device__ int pitch(int patches) { return patches * kPatchColumns + 2 * kHalo; }
+  static constexpr __host__ __device__ int pixel_bytes(int channels) { return channels * 2 + 16; }
+
+  static constexpr __host__ __device__ int tap_rows(int channels, bool per_channel) {
+    return per_channel ? channels : kHeadDim < 32 ? 32 : kHeadDim;
   }
-  static int shared_bytes(int channels, int patches, bool per_channel) {
-    return Base::taps_bytes(channels, per_channel) + channels / kHeadDim * kFragments + channels * 12 +
-           Base::exchange_bytes(channels, patches) + tile_bytes(channels, patches) +
-           Base::ring_bytes(channels, patches);
+  static constexpr __host__ __device__ int taps_bytes(int channels, bool per_channel) {
+    return TapTable<kTaps>::bytes(tap_rows(channels, per_channel));
+  }
+  static constexpr __host__ __device__ int ring_bytes(int channels, int patches) {
+    return kTaps ? kRingBlocks * kStepRows * pitch(patches) * pixel_bytes(channels) : 0;
+  }
+  static constexpr __host__ __device__ int shared_bytes(int channels, int patches, bool per_channel) {
+    const int warps = channels / kSliceChannels * patches;
+    const int work = Layout::tile_bytes(channels, patches) + ring_bytes(channels, patches);
+    const int sums = kSumsTaps ? TapGradient<__nv_bfloat16, kTaps>::floats(warps) * 4 : 0;
+    return taps_bytes(channels, per_channel) + Layout::fixed_bytes(channels, patches) +
+           (work > sums ? work : sums);
   }
 };
 
-template <typename T, int kHeadDim, int kTaps, int kMode>
-__global__ void __launch_bounds__(kBackwardThreads)
-    backward_key(const __grid_constant__ KeyGradientParams params) {
-#if __CUDA_ARCH__ >= 800
-  using Traits = KeyGradientTraits<T, kHeadDim, kTaps>;
-  constexpr int kSlices = Traits::kSlices, kBlocks = Traits::kBlocks;
-  extern __shared__ __align__(128) unsigned char shared[];
-  const Lane lane;
-  const int channels = params.channels, heads = channels / kHeadDim;
-  const int head = threadIdx.x / 32 % heads, patch = threadIdx.x / 32 / heads;
-  const int head_channel = head * kHeadDim;
+/// Rows y0 to y_end of the patch of columns x0 and on. grads.begin_step(y) is called by all warps before a
+/// step and waits for what it needs, grads.point(y, pixels) says where its grad_out is. The fragments hold
+/// dS, its transpose and dm. kSumTaps: adds to `taps`, too.
+template <typename T, int kHeadDim, int kTaps, int kMode, bool kSumTaps, int kStages, typename Grads>
+__device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages>& block, SliceGroup& group,
+                                         const KeyGradientParams& params, const Window& window, int x0,
+                                         int y0, int y_end, Grads& grads, const LaneTaps<kTaps>& lane_taps,
+                                         TapGradient<T, kTaps>& taps, float (&scale_sum)[8]) {
+  using Layout = BackwardLayout<kHeadDim, kStages>;
+  constexpr int kPartners = Layout::kPartners;
+  const Lane& lane = block.lane;
   const WindowGrid& grid = params.grid;
-  const Window window(grid, blockIdx.z);
-  const int x0 = blockIdx.x * params.patches * kPatchColumns, y0 = blockIdx.y * params.rows;
-  const int y_end = min(y0 + params.rows, grid.window_h);
+  const int first_channel = block.first_channel(), slice_channel = block.slice * kSliceChannels;
+  const float *inverse_scale = block.inverse_scale + first_channel, *mean = block.mean + first_channel;
+  const uint4* fragments = block.slice_fragments();
 
-  // Shared memory: taps, fragments, 1 / scale, dm, sums for scale, exchange, tiles of k and v, ring of
-  // grad_out.
-  unsigned char* taps = shared;
-  uint4* fragments = reinterpret_cast<uint4*>(taps + Traits::taps_bytes(channels, params.per_channel));
-  float* inverse_scale = reinterpret_cast<float*>(fragments + heads * (Traits::kFragments / 16));
-  float* mean = inverse_scale + channels;
-  float* scale_sums = mean + channels;
-  unsigned char* exchange = reinterpret_cast<unsigned char*>(scale_sums + channels);
-  unsigned char* tiles = exchange + Traits::exchange_bytes(channels, params.patches);
-  const uint32_t ring = shared_address(tiles + Traits::tile_bytes(channels, params.patches));
-  fragments += head * (Traits::kFragments / 16) + lane.index;
-  const uint4* transposed = fragments + kBlocks * kSlices * 32;
-
-  RowLoader<Traits> grads(params.grad_out, grid, window, channels, params.patches, ring, x0, y_end,
-                          head_channel, patch, lane);
-  if constexpr (kTaps > 0) {
-    for (int i = 0; i < Traits::kReadBlocks; ++i) grads.load_block(y0 - Traits::kHalo + i * kStepRows, i);
-  }
-
-  // ---- k and v: pixels in column g of the patch, rows r of the step.
-  const int x = x0 + patch * kPatchColumns + lane.g;
-  const bool patch_inside = x0 + patch * kPatchColumns < grid.window_w;
-  const int token_x = window.column(grid, min(x, grid.window_w - 1));
+  // k and v: pixels in column g of the patch, rows r of the step. Beyond the window the last k is repeated, v
+  // is zero.
+  const bool patch_inside = x0 < grid.window_w;
+  const int x = x0 + lane.g, token_x = window.column(grid, min(x, grid.window_w - 1));
+  int y_stop = x < grid.window_w ? y_end : y0;  // the lane's rows
+  if (grid.raster) y_stop = min(y_stop, (params.tokens - x + grid.map_w - 1) / grid.map_w);
   const auto base = [&](const TokenArray& tokens, int channel) {
-    return static_cast<const char*>(tokens.data) + window.image * tokens.image + (head_channel + channel) * 2;
+    return static_cast<const char*>(tokens.data) + window.image * tokens.image + channel * 2;
   };
-  const char *key = base(params.key, 8 * lane.t), *value = base(params.value, 8 * lane.t);
-  uint32_t key_tile = shared_address(tiles) + threadIdx.x / 32 * 3 * Traits::kTile + lane.index * 16;
-  int other_tile = Traits::kTile;
-  const uint32_t value_tile = key_tile + 2 * Traits::kTile;
-  using KeyFocus = Focus<T, kSlices, kMode>;
-  int token[4];
-  const auto load = [&](uint32_t tile, int y) {
+  const char *key = base(params.key, first_channel), *value = base(params.value, first_channel);
+  char* to_key = const_cast<char*>(base(params.grad_key, first_channel));
+  char* to_value =
+      const_cast<char*>(base(params.grad_value, slice_channel + lane.t % 2 * 8 + lane.t / 2 * 4));
+  int token[4], stage = 0;
+  const auto load = [&](int at, int y) {
     unrolled<4>([&](auto r) {
       token[r] = min(window.row(grid, min(y + r, grid.window_h - 1)) + token_x, params.tokens - 1);
-      copy_async<KeyFocus::offset(0, r), 0>(tile, key + static_cast<int64_t>(token[r]) * params.key.token);
-      copy_async<KeyFocus::offset(0, r), 0>(value_tile,
-                                            value + static_cast<int64_t>(token[r]) * params.value.token);
+      copy_async<r * 512, 0>(block.tile + at, key + static_cast<int64_t>(token[r]) * params.key.token);
+      copy_async(block.tile + at + Layout::kSecond + r * 512,
+                 value + static_cast<int64_t>(token[r]) * params.value.token, y + r < y_stop ? 16 : 0);
     });
     copy_async_commit();
   };
-  load(key_tile, y0);
-  int y_stop = x < grid.window_w ? y_end : y0;  // the lane's rows
-  if (grid.raster) y_stop = min(y_stop, (params.tokens - x + grid.map_w - 1) / grid.map_w);
-
-  load_inverse_scale<T>(inverse_scale, params.focus, channels);
-  const float* window_state =
-      params.state_gradient + static_cast<int64_t>(blockIdx.z) * channels * (kHeadDim + 1);
-  const float* s = window_state + head_channel * kHeadDim;
-  for (int c = threadIdx.x; c < channels; c += blockDim.x) mean[c] = window_state[channels * kHeadDim + c];
-  const int tap_rows = Traits::tap_rows(channels, params.per_channel);
-  if constexpr (kTaps > 0) {
-    TapTable<kTaps>::template load<T, true>(taps, params.weight, Floats{nullptr, false}, tap_rows,
-                                            params.per_channel ? channels : kHeadDim);
-  }
-  const LaneTaps<kTaps> lane_taps(taps, tap_rows, params.per_channel ? head_channel : 0, lane);
-  if (patch == 0) {
-    pack_matrix<T, kSlices, false>(fragments, lane, [&](int k, int n) { return s[k * kHeadDim + n]; });
-    pack_matrix<T, kSlices, true>(fragments + kBlocks * kSlices * 32, lane,
-                                  [&](int k, int n) { return s[n * kHeadDim + k]; });
-  }
-
-  SliceGroup group(exchange, patch, params.patches, head, heads);
-  const KeyFocus focus(params.focus, inverse_scale + head_channel + 8 * lane.t, group, lane);
-  const int pixel_bytes = Traits::pixel_bytes(channels),
-            row_bytes = Traits::pitch(params.patches) * pixel_bytes;
-  const uint32_t pixel = ring + (patch * kPatchColumns + lane.index % 8) * pixel_bytes + head_channel * 2;
-  char* to_key = const_cast<char*>(base(params.grad_key, 8 * lane.t));
-  char* to_value = const_cast<char*>(base(params.grad_value, lane.t % 2 * 8 + lane.t / 2 * 4));
-  float scale_sum[kSlices][8] = {};
-  int block = 0;  // of the ring, where the step's first row is
-  for (int y = y0; y < y_end; y += kStepRows, block = block + 1 < Traits::kRingBlocks ? block + 1 : 0) {
+  if (patch_inside) load(stage, y0);
+  const Focus<T, 1, kMode> focus(params.focus, inverse_scale, group, lane);
+  for (int y = y0; y < y_end; y += kStepRows) {
     copy_async_wait<0>();
-    __syncthreads();  // grad_out of this step is visible, and nobody reads the rows of the step before
-    if (kTaps > 0 && y + kStepRows < y_end) {
-      grads.load_block(y - Traits::kHalo + Traits::kReadBlocks * kStepRows,
-                       block ? block - 1 : Traits::kRingBlocks - 1);
-    }
+    grads.begin_step(y);
     if (!patch_inside) continue;
 
-    const LaneBias bias{params.focus.key_bias,     channels,
-                        head_channel + 8 * lane.t, y * grid.window_w + x,
-                        params.window_keys - 1,    grid.window_w};
-    TileWords<kSlices> k, v;
-    float factor[4];  // 0 for what is not there
+    const uint32_t key_tile = block.tile + stage, value_tile = key_tile + Layout::kSecond;
+    const LaneBias bias{params.focus.key_bias, params.channels,        first_channel,
+                        y * grid.window_w + x, params.window_keys - 1, grid.window_w};
     Norms norms;
-    focus(key_tile, bias, [&](const float (&powers)[kSlices][4][8], const Norms& own) {
-      norms = own;
-      quad_gather(factor, phi_factor(own));
+    TileWords<kPartners> w;
+    {
+      uint32_t own[4][4];
+      focus(
+          key_tile, bias,
+          [&](const float (&powers)[1][4][8]) {
 #pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        if (y + r >= y_stop) factor[r] = 0.0f;
+            for (int r = 0; r < 4; ++r) {
 #pragma unroll
-        for (int w = 0; w < 4; ++w) {
-          k[0][r][w] = Pair<T>::pack(powers[0][r][2 * w] * factor[r], powers[0][r][2 * w + 1] * factor[r]);
-        }
+              for (int i = 0; i < 4; ++i)
+                own[r][i] = Pair<T>::pack(powers[0][r][2 * i], powers[0][r][2 * i + 1]);
+            }
+            if constexpr (kPartners > 1) store_tile(block.tile + Layout::kShared, own);
+          },
+          [&](const Norms& found) { norms = found; });
+      if constexpr (kPartners > 1) {
+        block.load_tiles(w, block.tile + Layout::kShared);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 16; ++i) w[0][i / 4][i % 4] = own[i / 4][i % 4];
       }
-    });
-    unrolled<4>([&](auto r) { load_shared<KeyFocus::offset(0, r)>(v[0][r], value_tile); });
+    }
+    const bool own_inside = y + lane.t < y_stop;
+    const float own_factor = own_inside ? phi_factor(norms) : 0.0f;
+    float factor[4];
+    quad_gather(factor, own_factor);
     int out[4];  // tokens
 #pragma unroll
     for (int r = 0; r < 4; ++r) out[r] = token[r];
-    if (y + kStepRows < y_end) load(key_tile + other_tile, y + kStepRows);
+    if (kStages > 1 && y + kStepRows < y_end) load(stage ^ Layout::kTile, y + kStepRows);
 
-    // dk: r, first for its product with w.
-    const float* m = mean + head_channel + 8 * lane.t;
-    const auto r_block = [&](int b, float (&r)[2][4]) {
-      times<T, kSlices>(r, v, transposed + b * kSlices * 32);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) r[i / 4][i % 4] += m[b * 2 + i % 2];
-    };
-    float dot[4] = {};
-    unrolled<kBlocks>([&](auto b) {
+    // dv and the taps, two n-blocks at a time. dot: of T, over the lane's channels of tokens g + 8r.
+    float dot[4];
+    {
       float d[2][4];
-      r_block(b, d);
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const float2 w = Pair<T>::unpack(k[0][r][b]);
-        dot[r] = fmaf(w.x, d[r / 2][r % 2 * 2], fmaf(w.y, d[r / 2][r % 2 * 2 + 1], dot[r]));
+      TileWords<1> own;
+      if constexpr (kPartners > 1) {
+        unrolled<4>([&](auto r) { load_shared<r * 512>(own[0][r], block.tile + Layout::kShared); });
+        times<T, 1>(d, own, fragments + Layout::kVector * 32);
+      } else {
+        times<T, 1>(d, w, fragments + Layout::kVector * 32);
       }
-    });
-    const auto plus = [](float2 a, float2 b) { return float2{a.x + b.x, 0.0f}; };
-    const RowTerms terms(group.exchange({quad_sum(dot, lane.t), 0.0f}, lane.index, plus).x, norms);
-    gradient_rows<T, kSlices, kMode>(
-        key_tile, bias, inverse_scale + head_channel + 8 * lane.t, params.focus, terms, scale_sum,
-        [&](int b, float (&r)[2][4]) {
-          r_block(b, r);
 #pragma unroll
-          for (int i = 0; i < 8; ++i) r[i / 4][i % 4] *= factor[i / 2];
-        },
-        [&](int, int r, uint4 gradient) {
-          if (y + r >= y_stop) return;
-          *reinterpret_cast<uint4*>(to_key + static_cast<int64_t>(out[r]) * params.grad_key.token) = gradient;
-        });
-
-    // dv, two n-blocks at a time.
+      for (int r = 0; r < 4; ++r) dot[r] = d[r / 2][r % 2 * 2] + d[r / 2][r % 2 * 2 + 1];
+    }
+    const uint32_t value_row = block.block_row(lane.index / 8, 0) + stage + Layout::kSecond;
     PixelRows<kTaps> pixels;
     if constexpr (kTaps > 0) {
-      pixels.template point<Traits::kRingBlocks>(pixel, pixel_bytes, row_bytes, block, lane.index / 8);
+      grads.point(y, pixels);
+      if constexpr (kSumTaps) {
+        if (params.tap_partials) {
+          taps.add_slice(pixels, value_row, lane);
+          pixels.advance(-64);
+        }
+      }
     }
 #pragma unroll 1
-    for (int pair = 0; pair < kBlocks / 2; ++pair) {
+    for (int pair = 0; pair < 2; ++pair) {
       uint32_t word[2][4];
       unrolled<2>([&](auto half) {
+        const int b = 2 * pair + half;
         float o[2][4];
-        times<T, kSlices>(o, k, fragments + (2 * pair + half) * kSlices * 32);
+        times<T, kPartners>(o, w, fragments + b * kPartners * 32);
+        uint32_t v[4];
+        load_matrix_x4<0>(v, value_row ^ (b * 16));
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          float* two = &o[r / 2][r % 2 * 2];
+          const float2 v_pair = Pair<T>::unpack(v[r]);
+          dot[r] = fmaf(v_pair.x, two[0], fmaf(v_pair.y, two[1], dot[r]));
+          two[0] *= factor[r], two[1] *= factor[r];
+        }
         if constexpr (kTaps > 0) {
-          convolve<T, kTaps, half * 16>(o, pixels, lane_taps.address + (2 * pair + half) * lane_taps.step);
+          convolve<T, kTaps, half * 16>(o, pixels, lane_taps.address + b * lane_taps.step);
         }
 #pragma unroll
         for (int r = 0; r < 4; ++r)
@@ -205,13 +183,127 @@ __global__ void __launch_bounds__(kBackwardThreads)
       }
       pixels.advance(32);
     }
-    key_tile += other_tile;
-    other_tile = -other_tile;
+
+    // dk.
+    const auto plus = [](float2 a, float2 b) { return float2{a.x + b.x, 0.0f}; };
+    const float total = group.exchange({quad_sum(dot, lane.t), 0.0f}, lane.index, plus).x;
+    RowTerms terms(factor, own_factor, own_inside ? total : 0.0f, norms);
+    TileWords<kPartners> v;
+    block.load_tiles(v, value_tile);
+    uint32_t k[4][4];
+    unrolled<4>([&](auto r) { load_shared<r * 512>(k[r], key_tile); });
+    gradient_rows<T, kMode>(
+        k, bias, inverse_scale, params.focus, terms, scale_sum, [&](auto b, float (&r)[2][4]) {
+          const float2 m = *reinterpret_cast<const float2*>(mean + 2 * b);
+          const float start[2][4] = {{m.x, m.y, m.x, m.y}, {m.x, m.y, m.x, m.y}};
+          times<T, kPartners>(r, v, fragments + (Layout::kTransposed + b * kPartners) * 32, start);
+        });
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      if (y + r < y_stop) {
+        *reinterpret_cast<uint4*>(to_key + static_cast<int64_t>(out[r]) * params.grad_key.token) =
+            make_uint4(k[r][0], k[r][1], k[r][2], k[r][3]);
+      }
+    }
+    if constexpr (kStages > 1) {
+      stage ^= Layout::kTile;
+    } else if (y + kStepRows < y_end) {
+      if (kPartners > 1) group.barrier();
+      __syncwarp();
+      load(stage, y + kStepRows);
+    }
   }
+}
+
+/// grad_out in a ring of rows.
+template <typename Traits>
+struct RingGrads {
+  RowLoader<Traits> loader;
+  uint32_t pixel;
+  int pixel_bytes, row_bytes, y_end, matrix, block = 0;  // of the ring, where the step's first row is
+
+  __device__ __forceinline__ RingGrads(const KeyGradientParams& params, const Window& window, uint32_t ring,
+                                       int x0, int y0, int y_end, int slice, int patch, const Lane& lane)
+      : loader(params.grad_out, params.grid, window, params.channels, params.patches, ring, x0, y_end,
+               slice * kSliceChannels, patch, lane),
+        pixel_bytes(Traits::pixel_bytes(params.channels)),
+        row_bytes(Traits::pitch(params.patches) * pixel_bytes),
+        y_end(y_end),
+        matrix(lane.index / 8) {
+    pixel = ring + (patch * kPatchColumns + lane.index % 8) * pixel_bytes + slice * kSliceChannels * 2;
+    block = Traits::kRingBlocks - 1;  // begin_step moves on
+    if constexpr (Traits::kHalo > 0) {
+      for (int i = 0; i < Traits::kReadBlocks; ++i) loader.load_block(y0 - Traits::kHalo + i * kStepRows, i);
+    }
+  }
+
+  __device__ __forceinline__ void begin_step(int y) {
+    __syncthreads();  // grad_out of this step is visible, and nobody reads the rows of the step before
+    const int free = block;
+    block = block + 1 < Traits::kRingBlocks ? block + 1 : 0;
+    if (Traits::kHalo > 0 && y + kStepRows < y_end) {
+      loader.load_block(y - Traits::kHalo + Traits::kReadBlocks * kStepRows, free);
+    }
+  }
+  template <int kTaps>
+  __device__ __forceinline__ void point(int, PixelRows<kTaps>& pixels) const {
+    pixels.template point<Traits::kRingBlocks>(pixel, pixel_bytes, row_bytes, block, matrix);
+  }
+};
+
+template <typename T, int kHeadDim, int kTaps, int kMode>
+__global__ void __launch_bounds__(kBackwardThreads)
+    backward_key(const __grid_constant__ KeyGradientParams params) {
+#if __CUDA_ARCH__ >= 800
+  using Traits = KeyGradientTraits<kHeadDim, kTaps>;
+  extern __shared__ __align__(128) unsigned char shared[];
+  const int channels = params.channels;
+  unsigned char* tap_table = shared;
+  const BackwardBlock<kHeadDim, Traits::kStages> block(
+      shared + Traits::taps_bytes(channels, params.per_channel), channels, params.patches);
+  const Lane& lane = block.lane;
+  const WindowGrid& grid = params.grid;
+  const Window window(grid, blockIdx.z);
+  const int patch = block.group;
+  const int x0 = blockIdx.x * params.patches * kPatchColumns, y0 = blockIdx.y * params.rows;
+  const int y_end = min(y0 + params.rows, grid.window_h);
+  RingGrads<Traits> grads(params, window, shared_address(block.rest), x0, y0, y_end, block.slice, patch,
+                          lane);
+
+  load_inverse_scale<T>(block.inverse_scale, params.focus, channels);
+  const float* state = params.state_gradient + static_cast<int64_t>(blockIdx.z) * channels * (kHeadDim + 1);
+  for (int c = threadIdx.x; c < channels; c += blockDim.x) block.mean[c] = state[channels * kHeadDim + c];
+  const int tap_rows = Traits::tap_rows(channels, params.per_channel);
+  const int kernels = params.per_channel ? channels : kHeadDim;
+  if constexpr (kTaps > 0) {
+    TapTable<kTaps>::template load<T, true>(tap_table, params.weight, Floats{nullptr, false}, tap_rows,
+                                            kernels);
+  }
+  const LaneTaps<kTaps> lane_taps(tap_table, tap_rows, block.slice * kSliceChannels % tap_rows, lane);
+  if (patch == 0) {
+    StateGradient<T, kHeadDim> s;
+    s.load_matrix(state, block.slice, lane);
+    s.template pack<false>(block);
+  }
+  __syncthreads();
+  if (patch == 0) block.template pack_mean<T, false>();
+
+  SliceGroup group(block.exchange, patch, params.patches, block.slice, block.slices);
+  TapGradient<T, kTaps> taps;
+  float scale_sum[8] = {};
+  __syncthreads();
+  key_pass<T, kHeadDim, kTaps, kMode, Traits::kSumsTaps>(
+      block, group, params, window, x0 + patch * kPatchColumns, y0, y_end, grads, lane_taps, taps, scale_sum);
+  const int64_t row = (static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
   if (params.scale_partials) {
-    const int64_t row = (static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
-    store_scale<kSlices>(params.scale_partials + row * channels, scale_sums, inverse_scale, scale_sum,
-                         head_channel, patch, params.patches, lane);
+    store_scale(params.scale_partials + row * channels, block.scale_sums, block.inverse_scale, scale_sum,
+                block.slice * kSliceChannels, patch, params.patches, lane);
+  }
+  if constexpr (Traits::kSumsTaps) {
+    if (params.tap_partials) {
+      taps.store(params.tap_partials + row * TapGradient<T, kTaps>::kSums * kernels,
+                 reinterpret_cast<float*>(block.tiles), block.slices, params.patches, kernels, lane);
+    }
   }
 #endif
 }

@@ -1,5 +1,5 @@
-// The backward kernels of one mode, behind plain functions: what an instantiation unit (backward_*.cu) gives
-// to backward.cpp.
+// The backward kernels of one element type, head dimension and mode, behind plain functions: what an
+// instantiation unit (backward_*.cu) gives to backward.cpp.
 #pragma once
 
 #include "backward_key.cuh"
@@ -8,36 +8,34 @@
 
 namespace flatten::cuda::tensorcore {
 
-template <int kMode>
+template <typename T, int kHeadDim, int kMode>
 struct Backward {
-  using T = __nv_bfloat16;
-  static constexpr int kHeadDim = 32;
-
   static int query_shared(int channels, int groups) {
-    return QueryGradientTraits<T, kHeadDim>::shared_bytes(channels, groups);
+    using Layout = BackwardLayout<kHeadDim, 2>;
+    return Layout::fixed_bytes(channels, groups) + Layout::tile_bytes(channels, groups);
   }
 
   static cudaError_t query(const QueryGradientParams& params, int chunks, int windows, cudaStream_t stream) {
     return launch_tensorcore(backward_query<T, kHeadDim, kMode>, dim3(chunks, windows),
-                             params.groups * params.channels / kHeadDim * 32,
-                             query_shared(params.channels, params.groups), params, stream);
+                             params.groups * params.channels, query_shared(params.channels, params.groups),
+                             params, stream);
   }
 
   static int key_shared(int taps, int channels, int patches, bool per_channel) {
     switch (taps) {
       case 3:
-        return KeyGradientTraits<T, kHeadDim, 3>::shared_bytes(channels, patches, per_channel);
+        return KeyGradientTraits<kHeadDim, 3>::shared_bytes(channels, patches, per_channel);
       case 5:
-        return KeyGradientTraits<T, kHeadDim, 5>::shared_bytes(channels, patches, per_channel);
+        return KeyGradientTraits<kHeadDim, 5>::shared_bytes(channels, patches, per_channel);
       case 7:
-        return KeyGradientTraits<T, kHeadDim, 7>::shared_bytes(channels, patches, per_channel);
+        return KeyGradientTraits<kHeadDim, 7>::shared_bytes(channels, patches, per_channel);
       default:
-        return KeyGradientTraits<T, kHeadDim, 0>::shared_bytes(channels, patches, per_channel);
+        return KeyGradientTraits<kHeadDim, 0>::shared_bytes(channels, patches, per_channel);
     }
   }
 
   static cudaError_t key(const KeyGradientParams& params, int taps, dim3 grid, cudaStream_t stream) {
-    const int threads = params.patches * params.channels / kHeadDim * 32;
+    const int threads = params.patches * params.channels;
     const int shared = key_shared(taps, params.channels, params.patches, params.per_channel);
     switch (taps) {
       case 3:

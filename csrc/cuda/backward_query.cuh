@@ -1,265 +1,212 @@
 // dq, and the gradients of S and m by parts: one block to a (chunk of tokens, window).
 //
 // With Q = f w (row_gradient.cuh), den = w . m + eps / f and o = w S / den, f cancels between Q and the rest:
-//   dS  = sum of w^T (g / den)          dm = -sum of share w,  share = (g . o) / den
+//   dS  = sum of w^T (g / den)          dm = -sum of share w,  share = (g . o) / den, of a head
 //   r   = (g / den) S^T - share m       the gradient of phi(q), times f
-// A warp owns a head and 32 tokens of a step; head_dim 64: one block in z for each half of the rows of S; w
-// and g / den are fragments of A as they come from memory, and of A^T and B after movmatrix.
+//   T   = w . r = eps / f * sum of the heads' shares: o does not change with the length of phi(q) but for eps
 #pragma once
 
-#include "forward_state.cuh"
 #include "row_gradient.cuh"
+#include "state_gradient.cuh"
 
 namespace flatten::cuda::tensorcore {
 
-template <typename T, int kHeadDim>
-struct QueryGradientTraits {
-  static constexpr int kSlices = kHeadDim / kSliceChannels;
-  static constexpr int kBlocks = kSlices * 4;
-  static_assert(kHeadDim == 32, "dS of a larger head would not fit in the warp's registers");
-  static constexpr int kTile = Focus<T, kSlices, kAnyPower>::kTileBytes;
-  // Of a head: S, S^T and m. Of a warp: two stages of q, one of grad_out.
-  static constexpr int kFragments = (2 * kBlocks + 1) * kSlices * 512;
-  static constexpr __host__ __device__ int shared_bytes(int channels, int groups) {
-    const int heads = channels / kHeadDim;
-    const int work = groups * heads * 3 * kTile;
-    const int reduction = heads * StateTraits<T, kHeadDim>::accumulator_bytes();
-    return channels * 12 + heads * kFragments + SliceGroup::shared_bytes(groups, heads) +
-           (work > reduction ? work : reduction);
-  }
-};
-
-template <typename T, int kHeadDim, int kMode>
-__global__ void __launch_bounds__(kBackwardThreads)
-    backward_query(const __grid_constant__ QueryGradientParams params) {
-#if __CUDA_ARCH__ >= 800
-  using Traits = QueryGradientTraits<T, kHeadDim>;
-  constexpr int kSlices = Traits::kSlices, kBlocks = Traits::kBlocks;
-  extern __shared__ __align__(128) unsigned char shared[];
-  const Lane lane;
-  const int channels = params.channels, heads = channels / kHeadDim;
-  const int warp = threadIdx.x / 32, group_index = warp / heads, head = warp % heads;
-  const int begin = blockIdx.x * params.chunk, end = min(begin + params.chunk, params.queries);
-  const Window window(params.grid, blockIdx.y);
-  const int64_t block = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
-
-  // Shared memory: 1 / scale, m, sums for scale, fragments, exchange, the warps' tiles.
-  float* inverse_scale = reinterpret_cast<float*>(shared);
-  float* mean = inverse_scale + channels;
-  float* scale_sums = mean + channels;
-  uint4* fragments =
-      reinterpret_cast<uint4*>(scale_sums + channels) + head * (Traits::kFragments / 16) + lane.index;
-  unsigned char* exchange = shared + channels * 12 + heads * Traits::kFragments;
-  unsigned char* tiles = exchange + SliceGroup::shared_bytes(params.groups, heads);
-  SliceGroup group(exchange, group_index, params.groups, head, heads);
-  const uint4 *s_fragments = fragments, *st_fragments = fragments + kBlocks * kSlices * 32;
-  const uint4* m_fragments = fragments + 2 * kBlocks * kSlices * 32;
-
-  const int64_t state_size = static_cast<int64_t>(channels) * (kHeadDim + 1);
-  const float* state = params.state + blockIdx.y * state_size;
-  const float* s = state + head * kHeadDim * kHeadDim;
-  const float* m = state + channels * kHeadDim;
-  load_inverse_scale<T>(inverse_scale, params.focus, channels);
-  for (int c = threadIdx.x; c < channels; c += blockDim.x) mean[c] = m[c];
-  if (group_index == 0) {
-    pack_matrix<T, kSlices, true>(fragments, lane, [&](int k, int n) { return s[k * kHeadDim + n]; });
-    pack_matrix<T, kSlices, true>(fragments + kBlocks * kSlices * 32, lane,
-                                  [&](int k, int n) { return s[n * kHeadDim + k]; });
-#pragma unroll
-    for (int slice = 0; slice < kSlices;
-         ++slice) {  // m: its upper half in even columns, the rest in odd ones
-      uint32_t word[4];
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        float part[2];
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float v = m[head * kHeadDim + slice * kSliceChannels + 8 * lane.t + 2 * w + e];
-          const float upper = Pair<T>::unpack(Pair<T>::pack(v, 0.0f)).x;
-          part[e] = lane.g % 2 ? v - upper : upper;
-        }
-        word[w] = Pair<T>::pack(part[0], part[1]);
-      }
-      fragments[(2 * kBlocks * kSlices + slice) * 32] = make_uint4(word[0], word[1], word[2], word[3]);
-    }
-  }
-
-  // ---- The lane's vectors of q and grad_out; tokens past the end repeat the last one.
-  const int first_channel = head * kHeadDim + 8 * lane.t;
+/// Tokens begin + 32 (group + n groups) and on of a window, up to `end`: adds their part of dS and dm to
+/// `sum` and of scale's gradient to scale_sum. The fragments hold S in tile order, its transpose and m.
+template <typename T, int kHeadDim, int kMode, int kStages>
+__device__ __forceinline__ void query_pass(const BackwardBlock<kHeadDim, kStages>& block, SliceGroup& group,
+                                           const QueryGradientParams& params, const Window& window, int begin,
+                                           int end, StateGradient<T, kHeadDim>& sum, float (&scale_sum)[8]) {
+  using Layout = BackwardLayout<kHeadDim, kStages>;
+  constexpr int kPartners = Layout::kPartners;
+  const Lane& lane = block.lane;
+  const int first_channel = block.first_channel();
+  const float *inverse_scale = block.inverse_scale + first_channel, *mean = block.mean + first_channel;
+  const uint4* fragments = block.slice_fragments();
   const auto base = [&](const TokenArray& x) {
     return static_cast<const char*>(x.data) + window.image * x.image + first_channel * 2;
   };
   const char *query = base(params.query), *grad = base(params.grad_out);
   char* to = const_cast<char*>(base(params.grad_query));
-  uint32_t query_tile = shared_address(tiles) + warp * 3 * Traits::kTile + lane.index * 16;
-  int other_tile = Traits::kTile;
-  const uint32_t grad_tile = query_tile + 2 * Traits::kTile;
-  using QueryFocus = Focus<T, kSlices, kMode>;
-  int token[4];
-  const auto load = [&](uint32_t tile, int first) {
+
+  // The lane's vectors of q and grad_out; tokens past the end repeat the last one.
+  int token[4], stage = 0;
+  const auto load = [&](int at, int first) {
     window.tokens(token, params.grid, first + lane.g, end - 1);
     unrolled<4>([&](auto r) {
-      const char* q = query + static_cast<int64_t>(token[r]) * params.query.token;
-      const char* g = grad + static_cast<int64_t>(token[r]) * params.grad_out.token;
-      unrolled<kSlices>([&](auto slice) {
-        copy_async<QueryFocus::offset(slice, r), slice * 64>(tile, q);
-        copy_async<QueryFocus::offset(slice, r), slice * 64>(grad_tile, g);
-      });
+      copy_async<r * 512, 0>(block.tile + at, query + static_cast<int64_t>(token[r]) * params.query.token);
+      copy_async<Layout::kSecond + r * 512, 0>(block.tile + at,
+                                               grad + static_cast<int64_t>(token[r]) * params.grad_out.token);
     });
     copy_async_commit();
   };
-
-  StateAccumulator<T, kHeadDim> sum;  // of the 32 rows of S that are this block's in z
-  float scale_sum[kSlices][8] = {};
-  const int stride = params.groups * kTileTokens;
-  int first = begin + group_index * kTileTokens;
-  load(query_tile, first);
-  __syncthreads();
-  const QueryFocus focus(params.focus, inverse_scale + first_channel, group, lane);
+  const int stride = block.groups * kTileTokens;
+  int first = begin + block.group * kTileTokens;
+  load(stage, first);
+  const Focus<T, 1, kMode> focus(params.focus, inverse_scale, group, lane);
   for (; first < end; first += stride) {
+    const uint32_t query_tile = block.tile + stage, grad_tile = query_tile + Layout::kSecond;
     copy_async_wait<0>();
-    TileWords<kSlices> w;
+    TileWords<1> w;
     Norms norms;
     focus(
         query_tile,
-        [&](const float (&powers)[kSlices][4][8]) {
+        [&](const float (&powers)[1][4][8]) {
 #pragma unroll
-          for (int slice = 0; slice < kSlices; ++slice) {
+          for (int r = 0; r < 4; ++r) {
 #pragma unroll
-            for (int r = 0; r < 4; ++r) {
-#pragma unroll
-              for (int i = 0; i < 4; ++i) {
-                w[slice][r][i] = Pair<T>::pack(powers[slice][r][2 * i], powers[slice][r][2 * i + 1]);
-              }
+            for (int i = 0; i < 4; ++i) {
+              w[0][r][i] = Pair<T>::pack(powers[0][r][2 * i], powers[0][r][2 * i + 1]);
             }
           }
+          if constexpr (kPartners > 1) store_tile(block.tile + Layout::kShared, w[0]);
         },
         [&](const Norms& own) { norms = own; });
-
-    // g / den and share. A token past the end has neither.
-    TileWords<kSlices> g;
-    unrolled<kSlices>([&](auto slice) {
-      unrolled<4>([&](auto r) { load_shared<QueryFocus::offset(slice, r)>(g[slice][r], grad_tile); });
-    });
-    float share[4] = {}, inverse[4], d[2][4];
-    times<T, kSlices>(d, w, m_fragments);
-    quad_gather(inverse, __fdividef(params.eps, phi_factor(norms)));
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      const float den = d[r / 2][r % 2 * 2] + d[r / 2][r % 2 * 2 + 1] + inverse[r];
-      inverse[r] = first + lane.g + 8 * r < end ? __fdividef(1.0f, den) : 0.0f;
-    }
-    unrolled<kBlocks>([&](auto b) {
-      times<T, kSlices>(d, w, s_fragments + b * kSlices * 32);
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        uint32_t& word = g[b / 4][r][b % 4];
-        const float2 x = Pair<T>::unpack(word);
-        share[r] = fmaf(x.x, d[r / 2][r % 2 * 2], fmaf(x.y, d[r / 2][r % 2 * 2 + 1], share[r]));
-        word = Pair<T>::pack(x.x * inverse[r], x.y * inverse[r]);
-      }
-    });
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      share[r] += shuffle_xor<1>(share[r]);
-      share[r] += shuffle_xor<2>(share[r]);
-      share[r] *= inverse[r] * inverse[r];
-    }
     int out[4];  // tokens
 #pragma unroll
     for (int r = 0; r < 4; ++r) out[r] = token[r];
-    if (first + stride < end) load(query_tile + other_tile, first + stride);
+    if (kStages > 1 && first + stride < end) load(stage ^ Layout::kTile, first + stride);
 
-    // r, first for its product with w, over the warps of all heads. Blocks of another z leave dq alone.
-    const auto r_block = [&](int b, float (&r)[2][4]) {
-      times<T, kSlices>(r, g, st_fragments + b * kSlices * 32);
-      const float* m_pair = mean + first_channel + b / 4 * kSliceChannels + b % 4 * 2;
+    // share, and g / den in the place of g. A token past the end has neither.
+    const float own_eps = __fdividef(params.eps, phi_factor(norms));
+    float share[4] = {}, inverse[4], own_share;
+    {
+      TileWords<kPartners> all;
+      if constexpr (kPartners > 1) {
+        block.load_tiles(all, block.tile + Layout::kShared);
+      } else {
 #pragma unroll
-      for (int row = 0; row < 4; ++row) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          r[row / 2][row % 2 * 2 + e] = fmaf(-share[row], m_pair[e], r[row / 2][row % 2 * 2 + e]);
-        }
+        for (int i = 0; i < 16; ++i) all[0][i / 4][i % 4] = w[0][i / 4][i % 4];
       }
-    };
-    if (blockIdx.z == 0) {
-      float dot[4] = {};
-      unrolled<kBlocks>([&](auto b) {
-        r_block(b, d);
+      float d[2][4];
+      times<T, kPartners>(d, all, fragments + Layout::kVector * 32);
+      quad_gather(inverse, own_eps);
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const float den = d[r / 2][r % 2 * 2] + d[r / 2][r % 2 * 2 + 1] + inverse[r];
+        inverse[r] = first + lane.g + 8 * r < end ? __fdividef(1.0f, den) : 0.0f;
+      }
+      uint32_t g[4][4];
+      unrolled<4>([&](auto r) { load_shared<r * 512>(g[r], grad_tile); });
+      unrolled<4>([&](auto b) {
+        times<T, kPartners>(d, all, fragments + b * kPartners * 32);
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-          const float2 x = Pair<T>::unpack(w[b / 4][r][b % 4]);
-          dot[r] = fmaf(x.x, d[r / 2][r % 2 * 2], fmaf(x.y, d[r / 2][r % 2 * 2 + 1], dot[r]));
+          const float2 x = Pair<T>::unpack(g[r][b]);
+          share[r] = fmaf(x.x, d[r / 2][r % 2 * 2], fmaf(x.y, d[r / 2][r % 2 * 2 + 1], share[r]));
+          g[r][b] = Pair<T>::pack(x.x * inverse[r], x.y * inverse[r]);
         }
       });
-      // Or the compiler would see that the products below are those above, and keep them.
-      unrolled<kBlocks>([&](auto b) {
 #pragma unroll
-        for (int r = 0; r < 4; ++r) keep(g[b / 4][r][b % 4]);
-      });
-      const auto plus = [](float2 a, float2 b) { return float2{a.x + b.x, 0.0f}; };
-      const float total = group.exchange({quad_sum(dot, lane.t), 0.0f}, lane.index, plus).x;
-      const RowTerms terms(total, norms);
-      gradient_rows<T, kSlices, kMode>(query_tile, NoBias{}, inverse_scale + first_channel, params.focus,
-                                       terms, scale_sum, r_block, [&](int slice, int r, uint4 v) {
-                                         if (first + lane.g + 8 * r >= end) return;
-                                         char* row =
-                                             to + static_cast<int64_t>(out[r]) * params.grad_query.token;
-                                         *reinterpret_cast<uint4*>(row + slice * 64) = v;
-                                       });
+      for (int r = 0; r < 4; ++r) {
+        share[r] *= inverse[r] * inverse[r];
+      }
+      store_tile(grad_tile, g);
+    }
+    own_share = quad_sum(share, lane.t);
+    const auto plus = [](float2 a, float2 b) { return float2{a.x + b.x, 0.0f}; };
+    const float dot = group.exchange({own_share, 0.0f}, lane.index, plus).x * own_eps;
+    if constexpr (kPartners > 1) {
+      own_share = 0.0f;
+#pragma unroll
+      for (int p = 0; p < kPartners; ++p)
+        own_share += group.brought(block.slice - block.partner + p, lane.index).x;
+    }
+    if constexpr (Layout::kHeads == 1) {
+      quad_gather(share, own_share);
+    } else {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) share[r] += shuffle_xor<1>(share[r]);
+    }
+#pragma unroll
+    for (int r = 0; r < 4; ++r) share[r] = -share[r];
+
+    uint32_t x[4][4];
+    unrolled<4>([&](auto r) { load_shared<r * 512>(x[r], query_tile); });
+    if constexpr (kPartners == 1) {  // w takes the place of q
+      store_tile(query_tile, w[0]);
+      __syncwarp();
+    }
+    sum.add(block, kPartners > 1 ? Layout::kShared : stage, stage + Layout::kSecond, share);
+
+    TileWords<kPartners> u;
+    block.load_tiles(u, grad_tile);
+    const float ones[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+    RowTerms terms(ones, 1.0f, dot, norms);
+    gradient_rows<T, kMode>(
+        x, LaneBias{}, inverse_scale, params.focus, terms, scale_sum, [&](auto b, float (&r)[2][4]) {
+          const float2 m = *reinterpret_cast<const float2*>(mean + 2 * b);
+          float start[2][4];
+#pragma unroll
+          for (int i = 0; i < 8; ++i) start[i / 4][i % 4] = share[i / 2] * (i % 2 ? m.y : m.x);
+          times<T, kPartners>(r, u, fragments + (Layout::kTransposed + b * kPartners) * 32, start);
+        });
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      if (first + lane.g + 8 * r < end) {
+        *reinterpret_cast<uint4*>(to + static_cast<int64_t>(out[r]) * params.grad_query.token) =
+            make_uint4(x[r][0], x[r][1], x[r][2], x[r][3]);
+      }
     }
 
-    // dS and dm: fragments of w^T and, as B, of g / den and of -share (its upper half, and what that leaves).
-#pragma unroll
-    for (int step = 0; step < 2; ++step) {
-      uint32_t share_column[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float value = -share[2 * step + half];
-        const float upper = Pair<T>::unpack(Pair<T>::pack(value, 0.0f)).x;
-        share_column[half] = transpose8x8(lane.t == 0 ? Pair<T>::pack(upper, value - upper) : 0u);
-      }
-      uint32_t a[2][4];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int r = 2 * step + half;
-          const uint32_t word = kSlices == 1 || blockIdx.z == 0 ? w[0][r][i] : w[kSlices - 1][r][i];
-          a[i / 2][2 * half + i % 2] = transpose8x8(word);
-        }
-      }
-      const auto product = [&](float (&c)[2][4], uint32_t b0, uint32_t b1) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) mma<T>(c[i], a[i][0], a[i][1], a[i][2], a[i][3], b0, b1, c[i]);
-      };
-      product(sum.m, share_column[0], share_column[1]);
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
-        product(sum.s[b], transpose8x8(g[b / 4][2 * step][b % 4]),
-                transpose8x8(g[b / 4][2 * step + 1][b % 4]));
-      }
+    if constexpr (kStages > 1) {
+      stage ^= Layout::kTile;
+      __syncwarp();
+    } else if (first + stride < end) {
+      if (kPartners > 1) group.barrier();
+      __syncwarp();
+      load(stage, first + stride);
     }
-    query_tile += other_tile;
-    other_tile = -other_tile;
   }
+  copy_async_wait<0>();  // of a group without a step
+}
+
+template <typename T, int kHeadDim, int kMode>
+__global__ void __launch_bounds__(kBackwardThreads)
+    backward_query(const __grid_constant__ QueryGradientParams params) {
+#if __CUDA_ARCH__ >= 800
+  constexpr int kStages = 2;
+  extern __shared__ __align__(128) unsigned char shared[];
+  const BackwardBlock<kHeadDim, kStages> block(shared, params.channels, params.groups);
+  const Lane& lane = block.lane;
+  const int begin = blockIdx.x * params.chunk, end = min(begin + params.chunk, params.queries);
+  const Window window(params.grid, blockIdx.y);
+  const int64_t index = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
+  const int64_t state_size = static_cast<int64_t>(params.channels) * (kHeadDim + 1);
+  const float* state = params.state + blockIdx.y * state_size;
+
+  load_inverse_scale<T>(block.inverse_scale, params.focus, params.channels);
+  for (int c = threadIdx.x; c < params.channels; c += blockDim.x)
+    block.mean[c] = state[params.channels * kHeadDim + c];
+  StateGradient<T, kHeadDim> sum;
+  if (block.group == 0) {
+    StateGradient<T, kHeadDim> s;
+    s.load_matrix(state, block.slice, lane);
+    s.template pack<true>(block);
+  }
+  __syncthreads();
+  if (block.group == 0) block.template pack_mean<T, true>();
+  __syncthreads();
+  SliceGroup group(block.exchange, block.group, params.groups, block.slice, block.slices);
+  float scale_sum[8] = {};
+  query_pass<T, kHeadDim, kMode>(block, group, params, window, begin, end, sum, scale_sum);
 
   // ---- Partial sums: over the groups in order, then to memory.
-  copy_async_wait<0>();
-  if (params.scale_partials && blockIdx.z == 0) {
-    store_scale<kSlices>(params.scale_partials + block * channels, scale_sums, inverse_scale, scale_sum,
-                         head * kHeadDim, group_index, params.groups, lane);
+  if (params.scale_partials) {
+    store_scale(params.scale_partials + index * params.channels, block.scale_sums, block.inverse_scale,
+                scale_sum, block.slice * kSliceChannels, block.group, params.groups, lane);
   }
-  float* staging = reinterpret_cast<float*>(tiles + head * StateTraits<T, kHeadDim>::accumulator_bytes());
+  float4* staging = reinterpret_cast<float4*>(block.tiles + block.slice * StateGradient<T, kHeadDim>::kBytes);
   for (int other = 1; other < params.groups; ++other) {
     __syncthreads();
-    if (group_index == other) sum.send(staging, lane.index);
+    if (block.group == other) sum.send(staging, lane.index);
     __syncthreads();
-    if (group_index == 0) sum.receive(staging, lane.index);
+    if (block.group == 0) sum.receive(staging, lane.index);
   }
-  if (group_index == 0) {
-    sum.store_tile_order(params.partial + block * state_size, channels, head * kSlices + blockIdx.z,
-                         params.inverse_keys, lane);
+  if (block.group == 0) {
+    sum.scale(params.inverse_keys);
+    sum.store_matrix(params.partial + index * state_size, block.slice, lane);
+    sum.store_mean(params.partial + index * state_size + params.channels * kHeadDim, block.slice, lane);
   }
 #endif
 }

@@ -38,8 +38,9 @@ struct BackwardPlan {
   BackwardCall call;
   TapsCall taps;
   ParameterCall parameters;
-  bool on_tensor_cores = false;  // all but the gradients of the taps
-  bool key_scratch = false;      // key_bias's gradient is summed from k's, which nobody else wants
+  bool on_tensor_cores = false;
+  tensorcore::BackwardRows rows{};
+  bool key_scratch = false;  // key_bias's gradient is summed from k's, which nobody else wants
   std::int64_t pairs = 0;
 
   BackwardPlan(const AttentionBackward& params, const Device& device) {
@@ -63,11 +64,11 @@ struct BackwardPlan {
     call.keys = side_of(keys, plan, pairs, device, Prefer::kChunks);
     on_tensor_cores = tensorcore::takes(params, device);
     if (on_tensor_cores) {
-      const tensorcore::BackwardChunks chunks = tensorcore::backward_chunks(params, device);
-      call.queries.chunks = chunks.queries;
-      call.keys.chunks = chunks.keys;
+      rows = tensorcore::backward_rows(params, device);
+      call.queries.chunks = rows.chunks;
     }
-    taps = plan_taps(g, plan, params.taps, params.grad_weight || params.grad_bias, device);
+    const bool ask_taps = params.grad_weight || params.grad_bias;
+    taps = plan_taps(g, plan, params.taps, ask_taps && rows.taps == 0, device);
     taps.in = params.value;
     taps.grad_out = params.grad_out;
 
@@ -77,11 +78,18 @@ struct BackwardPlan {
     parameters.grad_key_bias = params.grad_key_bias;
     parameters.grad_weight = params.grad_weight;
     parameters.grad_bias = params.grad_bias;
-    parameters.scale_rows = params.grad_scale ? pairs * (call.queries.chunks + call.keys.chunks) : 0;
+    if (params.grad_scale) {
+      parameters.scale_rows = on_tensor_cores ? rows.scale : pairs * (call.queries.chunks + call.keys.chunks);
+    }
     parameters.keys = static_cast<int>(g.window_keys());
     parameters.taps = static_cast<int>(params.taps.kernel_h * params.taps.kernel_w);
-    parameters.taps_chunks = taps.chunks;
     parameters.per_channel = params.taps.per_channel;
+    parameters.taps_chunks = taps.chunks;
+    parameters.taps_channels = plan.channels;
+    if (ask_taps && rows.taps > 0) {
+      parameters.taps_chunks = static_cast<int>(rows.taps);
+      if (!params.taps.per_channel) parameters.taps_channels = plan.head_dim;
+    }
   }
 
   /// Points the calls at their parts of the workspace (null: only counts) and returns the bytes taken.
@@ -100,7 +108,7 @@ struct BackwardPlan {
       call.state = params.state ? params.state : take(state_bytes(g, params.dtype));
       *state_scratch =
           params.state || on_tensor_cores ? nullptr : take(state_workspace_bytes(params, device));
-      call.grad_state = take(state_bytes(g, params.dtype));
+      call.grad_state = take(on_tensor_cores && !rows.state_gradient ? 0 : state_bytes(g, params.dtype));
       call.grad_partials =
           take(call.queries.chunks > 1 ? pairs * call.queries.chunks * call.plan.state() * size : 0);
       call.row_terms = take(on_tensor_cores ? 0 : g.batch * g.queries * g.heads * 2 * size);
@@ -112,7 +120,8 @@ struct BackwardPlan {
       const MutableTokens& key = call.params.grad_key;
       parameters.grad_key = {key.data, key.batch_stride, key.token_stride};
     }
-    parameters.taps_partials = taps.partials = take(taps_bytes(taps, params.dtype));
+    parameters.taps_partials = taps.partials = take(static_cast<std::int64_t>(parameters.taps_chunks) *
+                                                    (parameters.taps + 1) * parameters.taps_channels * size);
     return total;
   }
 };
@@ -169,7 +178,8 @@ cudaError_t launch(const AttentionBackward& params, const Device& device, void* 
     error = tensorcore::launch(
         params, device,
         {static_cast<const float*>(plan.call.state), static_cast<float*>(plan.call.grad_state),
-         static_cast<float*>(plan.call.grad_partials), static_cast<float*>(plan.call.scale_partials)},
+         static_cast<float*>(plan.call.grad_partials), static_cast<float*>(plan.call.scale_partials),
+         static_cast<float*>(plan.rows.taps > 0 ? plan.taps.partials : nullptr)},
         stream);
   }
   return with_element(params.dtype, [&](auto e) {
@@ -203,6 +213,7 @@ cudaError_t launch(const ConvBackward& params, const Device& device, void* works
   parameters.taps_partials = workspace;
   parameters.taps = static_cast<int>(params.taps.kernel_h * params.taps.kernel_w);
   parameters.taps_chunks = taps.chunks;
+  parameters.taps_channels = taps.plan.channels;
   parameters.per_channel = params.taps.per_channel;
   return with_element(params.dtype, [&](auto e) {
     using T = decltype(e);

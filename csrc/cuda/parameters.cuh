@@ -73,15 +73,16 @@ __global__ void __launch_bounds__(kSumColumns* kSumStripes)
     return;
   }
   block -= blocks.key_bias;
-  const int kernels = call.per_channel ? plan.channels : plan.head_dim, shared_by = plan.channels / kernels;
+  const int kernels = call.per_channel ? plan.channels : plan.head_dim,
+            shared_by = call.taps_channels / kernels;
   const bool active = output() < static_cast<std::int64_t>(call.taps + 1) * kernels;
   const int tap = static_cast<int>(output() / kernels), kernel = static_cast<int>(output() % kernels);
-  const A* partials =
-      static_cast<const A*>(call.taps_partials) + static_cast<std::int64_t>(tap) * plan.channels + kernel;
+  const A* partials = static_cast<const A*>(call.taps_partials) +
+                      static_cast<std::int64_t>(tap) * call.taps_channels + kernel;
   const A total =
       sum_rows<A>(static_cast<std::int64_t>(call.taps_chunks) * shared_by, active, [&](std::int64_t row) {
         const std::int64_t chunk = row / shared_by, head = row % shared_by;
-        return partials[chunk * (call.taps + 1) * plan.channels + head * kernels];
+        return partials[chunk * (call.taps + 1) * call.taps_channels + head * kernels];
       });
   if (!active || threadIdx.y != 0) return;
   if (tap < call.taps) {

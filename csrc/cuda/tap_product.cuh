@@ -91,6 +91,24 @@ struct PixelRows {
     rest = (min(matrix + 4, kTaps - 1) - matrix) * pixel_bytes;
   }
 
+  /// The same where the whole window lies in shared memory in raster order: left, top: of the patch's input,
+  /// in the window; what is outside of it is at `zeros`. Not for kTaps 7.
+  __device__ __forceinline__ void point_window(uint32_t window, uint32_t zeros, int pixel_bytes, int width,
+                                               int height, int left, int top, const Lane& lane) {
+    static_assert(kTaps <= 5);
+    const int matrix = lane.index / 8, row_bytes = width * pixel_bytes;
+    left += lane.index % 8;
+    const auto at = [&](int x, int y) {
+      const bool inside = static_cast<unsigned>(x) < static_cast<unsigned>(width) &&
+                          static_cast<unsigned>(y) < static_cast<unsigned>(height);
+      return inside ? window + y * row_bytes + x * pixel_bytes : zeros;
+    };
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) row[j] = at(left + min(matrix, kTaps - 1), top + j);
+    fifth[0] = at(left + 4, top + matrix);
+    fifth[1] = at(left + 4, top + matrix + 4);
+  }
+
   __device__ __forceinline__ void advance(int bytes) {
 #pragma unroll
     for (int j = 0; j < kRows; ++j) row[j] += bytes;

@@ -18,22 +18,26 @@ cudaError_t launch(const AttentionForward& params, const Device& device, void* w
 cudaError_t launch_state(const AttentionInputs& params, float* state, const Device& device,
                          cudaStream_t stream);
 
-/// Focused attention in bf16 with head dimension 32 and up to 256 channels, where the gradients of q, k and v
-/// are all asked for; otherwise as forward. The taps' own gradients and the sums of `scale_partials` are the
-/// general implementation's.
+/// Focused attention in bf16 with head dimension 16, 32 or 64, where the gradients of q, k and v are all
+/// asked for; otherwise as forward, but up to 256 channels only where windows are large. The gradients of 7 x
+/// 7 taps and the sums of the partial gradients of parameters are the general implementation's.
 bool takes(const AttentionBackward& params, const Device& device);
 
-/// Chunks of each window's queries and keys: rows of partial results.
-struct BackwardChunks {
-  int queries, keys;
+/// Rows of partial results.
+struct BackwardRows {
+  int chunks;           // of each window's queries: gradients of its state
+  bool state_gradient;  // is kept in memory
+  std::int64_t scale;
+  std::int64_t taps;  // 0: the kernels do not sum the gradients of the call's taps
 };
-BackwardChunks backward_chunks(const AttentionBackward& params, const Device& device);
+BackwardRows backward_rows(const AttentionBackward& params, const Device& device);
 
 struct BackwardBuffers {
   const float* state;
   float* state_gradient;           // (windows, state), over M
   float* state_gradient_partials;  // (windows, chunks of queries, state); unused for one chunk
-  float* scale_partials;  // (windows * chunks of queries + windows * chunks of keys, channel), or null
+  float* scale_partials;           // (rows, channel), or null
+  float* tap_partials;             // (rows, taps and then the bias, channel or head_dim), or null
 };
 cudaError_t launch(const AttentionBackward& params, const Device& device, const BackwardBuffers& buffers,
                    cudaStream_t stream);

@@ -19,6 +19,8 @@ constexpr int kMaxPatches = 2;      // and patches side by side in a block
 constexpr int max_threads(int head_dim, int taps = 0) { return head_dim <= 32 && taps <= 5 ? 384 : 256; }
 
 constexpr int kBackwardThreads = 256;
+/// Whether they sum the gradients of the taps: the 50 sums of 7 x 7 would not fit in a lane's registers.
+constexpr bool sums_taps(int taps) { return taps == 3 || taps == 5; }
 
 /// Where the tokens of a window lie in memory (params.h, Geometry).
 struct WindowGrid {
@@ -106,6 +108,13 @@ struct KeyGradientParams {
   int patches;              // side by side in a strip
   int rows;                 // of a block, a multiple of kStepRows
   float* scale_partials;    // (windows, runs, strips, channels), or null
+  float* tap_partials;      // (windows, runs, strips, taps and bias, channels or head_dim), or null
+};
+
+/// Both passes by one block. Of the query's, `chunk`, `groups`, `partial` and `scale_partials` are not read.
+struct WindowGradientParams {
+  QueryGradientParams query;
+  KeyGradientParams key;
 };
 
 /// The forward kernels of one element type, head dimension and mode (3, the paper's, or kRuntimeMode); one
@@ -119,15 +128,23 @@ struct ForwardKernels {
 template <Dtype kDtype, int kHeadDim, int kMode>
 const ForwardKernels& forward_kernels();
 
-/// The backward kernels (backward_*.cu), for bf16 and head dimension 32.
+/// The backward kernels of one element type, head dimension and mode, as forward.
 struct BackwardKernels {
   int (*query_shared)(int channels, int groups);
   cudaError_t (*query)(const QueryGradientParams& params, int chunks, int windows, cudaStream_t stream);
   int (*key_shared)(int taps, int channels, int patches, bool per_channel);
   cudaError_t (*key)(const KeyGradientParams& params, int taps, dim3 grid, cudaStream_t stream);
 };
-template <int kMode>
+template <Dtype kDtype, int kHeadDim, int kMode>
 const BackwardKernels& backward_kernels();
+
+/// The backward pass of small windows in one launch (backward_window_*.cu).
+struct WindowGradientKernels {
+  int (*shared_bytes)(int taps, int channels, int groups, bool per_channel, int keys);
+  cudaError_t (*launch)(const WindowGradientParams& params, int taps, int windows, cudaStream_t stream);
+};
+template <Dtype kDtype, int kHeadDim, int kMode>
+const WindowGradientKernels& window_gradient_kernels();
 
 /// `state` (windows, size) = the sum of `partial` (windows, chunks, size) over chunks, in their order.
 cudaError_t reduce_state(const float* partial, float* state, int windows, int chunks, std::int64_t size,

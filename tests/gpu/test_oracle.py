@@ -60,7 +60,17 @@ HALF = [
     half(Case(queries=300, keys=49, heads=2), FP16),
     half(Case(queries=49, keys=300, heads=1, head_dim=64, key_bias=True)),
     half(on_map(12, 12, heads=2, p=None, kernel=(5, 5))),
+    half(on_map(28, 28, heads=2, head_dim=64, batch=1, kernel=(5, 5))),
+    half(
+        on_map(13, 30, heads=1, head_dim=64, batch=1, kernel=(7, 7), per_channel=True, p=1.5, key_bias=True)
+    ),
+    half(on_map(20, 24, heads=6, head_dim=16, batch=1, kernel=(5, 5), key_bias=True)),
+    half(Case(queries=300, keys=280, heads=3, key_bias=True, p=4.0)),
     # Small windows in one launch.
+    half(on_map(14, 14, heads=2, batch=32, kernel=(5, 5))),
+    half(on_map(14, 14, heads=1, head_dim=64, batch=32, kernel=(5, 5), tap_size=0.0)),
+    half(on_map(9, 20, window=(9, 10), shift=(4, 3), heads=3, batch=1, kernel=(5, 5), per_channel=True)),
+    half(Case(queries=49, keys=60, heads=12, batch=3)),
     half(on_map(8, 8, batch=1, head_dim=64, kernel=(5, 5), tap_size=0.0)),
     half(on_map(7, 7, heads=4, head_dim=16, kernel=(5, 5), p=2.5)),
     half(on_map(7, 7, heads=4, head_dim=16, p=4.0, key_bias=True), FP16),
@@ -111,7 +121,7 @@ def test_half_precision_matches_the_oracle(case):
 
 def test_many_larger_windows():
     """Enough of them that each is one block's."""
-    check(half(on_map(14, 14, batch=32, heads=1, head_dim=64, kernel=(5, 5))), gradients=False)
+    check(half(on_map(14, 14, batch=32, heads=1, head_dim=64, kernel=(5, 5))))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
@@ -172,6 +182,26 @@ def test_only_requested_gradients(mask):
     assert len(some) == sum(wanted)
     for got, want in zip(some, (g for g, w in zip(everything, wanted, strict=True) if w), strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("window", [None, (7, 7)])
+@pytest.mark.parametrize(
+    "mask", ["1111111", "1110000", "1110010", "1111001", "1110100", "0110010", "1000001"]
+)
+def test_only_requested_gradients_in_half_precision(mask, window):
+    """Where the gradients of q, k and v are asked for, those of the parameters come from the same kernels."""
+    case = half(on_map(14, 21, batch=1, heads=2, kernel=(5, 5), window=window, key_bias=True))
+    call = make(case, requires_grad=False)
+    want = list(make(case).oracle().gradients(reference).values())
+    heads, size, window, shift, p, eps = call.options
+    q, k, v, *parameters = call.tensors
+    asked, empty = [bit == "1" for bit in mask], torch.empty(0, device="cuda")
+    got = torch.ops.flatten.attention_backward(
+        call.grad_out, q, k, v, heads, *parameters, size, window, shift, p, eps, empty, asked
+    )
+    assert len(got) == sum(asked)
+    for gradient, expected in zip(got, (w for w, a in zip(want, asked, strict=True) if a), strict=True):
+        assert_close(gradient, expected, TOLERANCE[BF16][1], mask)
 
 
 def test_saved_state_gives_the_same_gradients():

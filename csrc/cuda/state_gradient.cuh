@@ -1,0 +1,164 @@
+// S and m, or their gradients, as a warp of the backward kernels holds them: 32 rows of one head's matrix.
+#pragma once
+
+#include "backward_block.cuh"
+
+namespace flatten::cuda::tensorcore {
+
+template <typename T, int kHeadDim>
+struct StateGradient {
+  static constexpr int kPartners = BackwardLayout<kHeadDim, 1>::kPartners;
+  static constexpr int kHeads = BackwardLayout<kHeadDim, 1>::kHeads;
+  static constexpr int kBlocks = 4 * kPartners;
+  static constexpr int kBytes = (2 * kBlocks + 2) * 512;  // in shared memory, of a warp
+  // Accumulators of mma: row 16i + 8h + g of the slice in s[b][i][2h ..], columns 8b + 2t and 8b + 2t + 1 of
+  // the head (head dimension 16: of the warp's two). m by rows, as the sum of two columns.
+  float s[kBlocks][2][4] = {}, m[2][4] = {};
+
+  /// Adds w^T u of 32 tokens, and w^T share. w: address of block_row for this lane's matrix of A, see below;
+  /// u: of B, in the tile of partner 0. share: of tokens g + 8r.
+  template <int kStages>
+  __device__ __forceinline__ void add(const BackwardBlock<kHeadDim, kStages>& block, int w_tile, int u_tile,
+                                      const float (&share)[4]) {
+    const Lane& lane = block.lane;
+    const int matrix = lane.index / 8;
+    // Blocks of A: tokens 0-7, channels 0-7 and 8-15, then tokens 8-15. Of B: channels 0-7, tokens 0-7 and
+    // 8-15, then channels 8-15.
+    const uint32_t a_row = block.block_row(matrix / 2, matrix % 2) + w_tile;
+    const uint32_t b_row = block.of_partner(block.block_row(matrix % 2, matrix / 2) + u_tile, 0);
+    unrolled<2>([&](auto step) {
+      uint32_t a[2][4];
+      load_matrix_x4_transposed<step * 1024>(a[0], a_row);
+      load_matrix_x4_transposed<step * 1024>(a[1], a_row ^ 32);
+      const auto product = [&](float (&c)[2][4], uint32_t b0, uint32_t b1) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) mma<T>(c[i], a[i][0], a[i][1], a[i][2], a[i][3], b0, b1, c[i]);
+      };
+      uint32_t column[2];  // of share: its upper half, and what that leaves
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float value = share[2 * step + half];
+        const float upper = Pair<T>::unpack(Pair<T>::pack(value, 0.0f)).x;
+        const bool used = lane.t == 0 || (kHeads == 2 && lane.t == 2);
+        column[half] = transpose8x8(used ? Pair<T>::pack(upper, value - upper) : 0u);
+      }
+      product(m, column[0], column[1]);
+#pragma unroll
+      for (int p = 0; p < kPartners; ++p) {
+        const uint32_t row = b_row + p * BackwardLayout<kHeadDim, kStages>::kTileBytes;
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+          uint32_t b[4];
+          load_matrix_x4_transposed<step * 1024>(b, row ^ (pair * 32));
+          product(s[4 * p + 2 * pair], b[0], b[1]);
+          product(s[4 * p + 2 * pair + 1], b[2], b[3]);
+        }
+      }
+    });
+  }
+
+  /// Everything times `factor`.
+  __device__ __forceinline__ void scale(float factor) {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) s[b][e / 4][e % 4] *= factor;
+      m[e / 4][e % 4] *= factor;
+    }
+  }
+
+  /// Adds what the warp of another group holds, through `shared` (kBytes).
+  __device__ void send(float4* shared, int lane) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        shared[(i * kBlocks + b) * 32 + lane] = make_float4(s[b][i][0], s[b][i][1], s[b][i][2], s[b][i][3]);
+      }
+      shared[(2 * kBlocks + i) * 32 + lane] = make_float4(m[i][0], m[i][1], m[i][2], m[i][3]);
+    }
+  }
+  __device__ void receive(const float4* shared, int lane) {
+    const auto plus = [&](float (&c)[4], int at) {
+      const float4 other = shared[at * 32 + lane];
+      c[0] += other.x, c[1] += other.y, c[2] += other.z, c[3] += other.w;
+    };
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) plus(s[b][i], i * kBlocks + b);
+      plus(m[i], 2 * kBlocks + i);
+    }
+  }
+
+  /// The matrix in a state in memory (launch.h): use(b, i, h, pointer to the lane's two columns).
+  template <typename Float, typename Use>
+  static __device__ __forceinline__ void for_each_pair(Float* state, int slice, const Lane& lane, Use use) {
+    Float* row = state + static_cast<int64_t>(slice * kSliceChannels + lane.g) * kHeadDim + 2 * lane.t;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+          if (kHeads == 2 && b / 2 != i) continue;
+          use(b, i, h, row + (16 * i + 8 * h) * kHeadDim + (kHeads == 2 ? b % 2 : b) * 8);
+        }
+      }
+    }
+  }
+  __device__ __forceinline__ void load_matrix(const float* state, int slice, const Lane& lane) {
+    for_each_pair(state, slice, lane, [&](int b, int i, int h, const float* from) {
+      const float2 x = *reinterpret_cast<const float2*>(from);
+      s[b][i][2 * h] = x.x, s[b][i][2 * h + 1] = x.y;
+    });
+  }
+  __device__ __forceinline__ void store_matrix(float* state, int slice, const Lane& lane) const {
+    for_each_pair(state, slice, lane, [&](int b, int i, int h, float* to) {
+      *reinterpret_cast<float2*>(to) = make_float2(s[b][i][2 * h], s[b][i][2 * h + 1]);
+    });
+  }
+  /// m to an array of all channels.
+  __device__ __forceinline__ void store_mean(float* mean, int slice, const Lane& lane) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (lane.t != (kHeads == 2 ? 2 * i : 0)) continue;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        mean[slice * kSliceChannels + 16 * i + 8 * h + lane.g] = m[i][2 * h] + m[i][2 * h + 1];
+      }
+    }
+  }
+
+  /// The matrix and its transpose as B fragments of the head's slices. Rows of either are in tile order (word
+  /// w of lane t: 8t + 2w and 8t + 2w + 1); so are the columns of the transpose, and kTileOrder: of the
+  /// matrix.
+  template <bool kTileOrder, int kStages>
+  __device__ __forceinline__ void pack(const BackwardBlock<kHeadDim, kStages>& block) const {
+    using Layout = BackwardLayout<kHeadDim, kStages>;
+    const Lane& lane = block.lane;
+    unsigned char* own = block.fragments + block.slice * Layout::kFragmentBytes;
+    unsigned char* head = own - block.partner * Layout::kFragmentBytes;
+    const auto vector = [&](int n, int t) { return (4 * n + (t ^ n / 2)) * 16 + 4 * lane.t; };
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int k = 2 * i + h;  // lane of the fragments that holds these rows
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+          const uint32_t word =
+              kHeads == 2 && b / 2 != i ? 0u : Pair<T>::pack(s[b][i][2 * h], s[b][i][2 * h + 1]);
+          const int n = kTileOrder ? lane.g / 2 : b % 4;
+          *reinterpret_cast<uint32_t*>(
+              head + b / 4 * Layout::kFragmentBytes + (n * kPartners + block.partner) * 512 +
+              vector(kTileOrder ? 2 * (b % 4) + lane.g % 2 : lane.g, k)) = transpose8x8(word);
+          *reinterpret_cast<uint32_t*>(own + (Layout::kTransposed + lane.g / 2 * kPartners + b / 4) * 512 +
+                                       vector(2 * k + lane.g % 2, b % 4)) = word;
+        }
+      }
+    }
+  }
+};
+
+}  // namespace flatten::cuda::tensorcore
