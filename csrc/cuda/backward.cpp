@@ -122,6 +122,7 @@ KeyGradientParams key_params_of(const AttentionBackward& p, const Plan& plan,
 bool takes(const AttentionBackward& p, const Device& device) {
   const Kernels kernels = kernels_of(p);
   if (!kernels.passes || !p.mapping.focused || !suits(p, device)) return false;
+  if (p.geometry.head_dim == 64 && taps_of(p) == 7) return false;  // their operands do not fit the registers
   if (!p.grad_query.data || !p.grad_key.data || !p.grad_value.data || !aligned(p.grad_out)) return false;
   for (const MutableTokens* x : {&p.grad_query, &p.grad_key, &p.grad_value}) {
     if (!aligned(*x)) return false;

@@ -252,7 +252,7 @@ struct RingGrads {
 };
 
 template <typename T, int kHeadDim, int kTaps, int kMode>
-__global__ void __launch_bounds__(kBackwardThreads)
+__global__ void __launch_bounds__(kBackwardThreads, 1)
     backward_key(const __grid_constant__ KeyGradientParams params) {
 #if __CUDA_ARCH__ >= 800
   using Traits = KeyGradientTraits<kHeadDim, kTaps>;

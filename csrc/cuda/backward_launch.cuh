@@ -43,7 +43,11 @@ struct Backward {
       case 5:
         return launch_tensorcore(backward_key<T, kHeadDim, 5, kMode>, grid, threads, shared, params, stream);
       case 7:
-        return launch_tensorcore(backward_key<T, kHeadDim, 7, kMode>, grid, threads, shared, params, stream);
+        if constexpr (kHeadDim <= 32) {
+          return launch_tensorcore(backward_key<T, kHeadDim, 7, kMode>, grid, threads, shared, params,
+                                   stream);
+        }
+        return cudaErrorInvalidValue;  // never asked for, see takes()
       default:
         return launch_tensorcore(backward_key<T, kHeadDim, 0, kMode>, grid, threads, shared, params, stream);
     }
