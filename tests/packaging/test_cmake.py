@@ -74,4 +74,4 @@ def test_find_package(build: Path, tmp_path: Path) -> None:
     passed = run("ctest", "--output-on-failure", cwd=consumer)
     assert re.search(r"100% tests passed.* out of 1$", passed, re.M)  # releases of CMake word it differently
     library = next(prefix.rglob("libflatten.so"))
-    assert "python" not in run("ldd", library, cwd=tmp_path)
+    assert "libpython" not in run("ldd", library, cwd=tmp_path)
