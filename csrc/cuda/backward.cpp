@@ -142,7 +142,7 @@ BackwardRows backward_rows(const AttentionBackward& p, const Device& device) {
   if (plan.groups) return {1, false, plan.windows, plan.windows};
   const std::int64_t windows = plan.windows, strips = plan.strips.strips * plan.strips.runs;
   return {plan.chunks.chunks, true, windows * (plan.chunks.chunks + strips),
-          sums_taps(plan.taps) ? windows * strips : 0};
+          sums_taps(static_cast<int>(p.geometry.head_dim), plan.taps) ? windows * strips : 0};
 }
 
 cudaError_t launch(const AttentionBackward& p, const Device& device, const BackwardBuffers& buffers,

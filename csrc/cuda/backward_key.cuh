@@ -17,7 +17,7 @@ struct KeyGradientTraits {
   static constexpr int kStages = 2;
   using Layout = BackwardLayout<kHeadDim, kStages>;
   static constexpr int kSlices = 1;  // RowLoader: of a warp
-  static constexpr bool kSumsTaps = sums_taps(kTaps);
+  static constexpr bool kSumsTaps = sums_taps(kHeadDim, kTaps);
   static constexpr int kHalo = kTaps / 2;
   // The ring of grad_out in blocks of four pixel rows: what a step reads, and one block in flight. A pixel is
   // an odd number of 16-byte vectors: eight of them in a row lie in different banks.

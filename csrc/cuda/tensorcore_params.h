@@ -19,8 +19,9 @@ constexpr int kMaxPatches = 2;      // and patches side by side in a block
 constexpr int max_threads(int head_dim, int taps = 0) { return head_dim <= 32 && taps <= 5 ? 384 : 256; }
 
 constexpr int kBackwardThreads = 256;
-/// Whether they sum the gradients of the taps: the 50 sums of 7 x 7 would not fit in a lane's registers.
-constexpr bool sums_taps(int taps) { return taps == 3 || taps == 5; }
+/// Whether they sum the gradients of the taps too: the 50 sums of 7 x 7 would not fit in a lane's registers,
+/// the 26 of 5 x 5 not beside a head of 64.
+constexpr bool sums_taps(int head_dim, int taps) { return taps == 3 || (taps == 5 && head_dim <= 32); }
 
 /// Where the tokens of a window lie in memory (params.h, Geometry).
 struct WindowGrid {
