@@ -1,6 +1,6 @@
 """Measures what the CPU kernels aim for on this machine: every goal with its figure, its target, met or not.
 
-    python benchmarks/cpu_goals.py                 # about half an hour; the machine should be idle
+    python benchmarks/cpu_goals.py                 # long; the machine should be idle
     python benchmarks/cpu_goals.py --only 6 7 8    # some of the goals
     python benchmarks/cpu_goals.py --cpu-time      # by processor time, where other work takes the processor
     python benchmarks/cpu_goals.py --quick         # small shapes, few rounds: shows only that it runs
