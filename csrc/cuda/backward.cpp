@@ -11,24 +11,33 @@ constexpr std::int64_t kMaxTokens = 256, kFewTokens = 64, kManyWindows = 32;
 struct Kernels {
   const BackwardKernels* passes = nullptr;
   const WindowGradientKernels* window = nullptr;
+  int window_threads = kBackwardThreads;
 };
 
 template <int kHeadDim, int kMode>
-Kernels kernels() {
-  return {&backward_kernels<Dtype::kBFloat16, kHeadDim, kMode>(),
-          &window_gradient_kernels<Dtype::kBFloat16, kHeadDim, kMode>()};
+Kernels kernels(std::int64_t channels) {
+  Kernels found{&backward_kernels<Dtype::kBFloat16, kHeadDim, kMode>(),
+                &window_gradient_kernels<Dtype::kBFloat16, kHeadDim, kMode>()};
+  if constexpr (kHeadDim == 32) {
+    if (channels > kBackwardThreads) {
+      found.window = &window_gradient_kernels<Dtype::kBFloat16, kHeadDim, kMode, kWideThreads>();
+      found.window_threads = kWideThreads;
+    }
+  }
+  return found;
 }
 
 Kernels kernels_of(const AttentionBackward& p) {
   if (p.dtype != Dtype::kBFloat16) return {};
   const bool cubic = p.mapping.focusing_factor == 3;
+  const std::int64_t channels = p.geometry.channels();
   switch (p.geometry.head_dim) {
     case 16:
-      return kernels<16, kRuntimeMode>();
+      return kernels<16, kRuntimeMode>(channels);
     case 32:
-      return cubic ? kernels<32, 3>() : kernels<32, kRuntimeMode>();
+      return cubic ? kernels<32, 3>(channels) : kernels<32, kRuntimeMode>(channels);
     case 64:
-      return cubic ? kernels<64, 3>() : kernels<64, kRuntimeMode>();
+      return cubic ? kernels<64, 3>(channels) : kernels<64, kRuntimeMode>(channels);
     default:
       return {};
   }
@@ -66,9 +75,7 @@ Plan plan_of(const AttentionBackward& p, const Device& device) {
          --groups) {
       const int shared = kernels.window->shared_bytes(taps, channels, groups, p.taps.per_channel,
                                                       keys.window_h * keys.window_w);
-      if (channels * groups <= kBackwardThreads && shared <= device.shared_bytes) {
-        plan.groups = groups;
-      }
+      if (channels * groups <= kernels.window_threads && shared <= device.shared_bytes) plan.groups = groups;
     }
   }
   return plan;
@@ -142,7 +149,7 @@ BackwardRows backward_rows(const AttentionBackward& p, const Device& device) {
   if (plan.groups) return {1, false, plan.windows, plan.windows};
   const std::int64_t windows = plan.windows, strips = plan.strips.strips * plan.strips.runs;
   return {plan.chunks.chunks, true, windows * (plan.chunks.chunks + strips),
-          sums_taps(static_cast<int>(p.geometry.head_dim), plan.taps) ? windows * strips : 0};
+          sums_taps(plan.taps) ? windows * strips : 0};
 }
 
 cudaError_t launch(const AttentionBackward& p, const Device& device, const BackwardBuffers& buffers,

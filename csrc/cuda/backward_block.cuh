@@ -10,32 +10,34 @@
 
 namespace flatten::cuda::tensorcore {
 
-/// The warp's tile of a gradient or an input as fragments of A: word w of token g + 8r, slice s.
+/// A warp's tile as fragments of A, [slice][r][w]: of token g + 8r either the words of the lane's vector, the
+/// channels 8t + 2w and 8t + 2w + 1 (tile order), or the channels 8w + 2t and 8w + 2t + 1 (their own order).
 template <int kSlices>
 using TileWords = uint32_t[kSlices][4][4];
 
 /// d = tile times n-block: d[i][0..1] of token g + 16i, d[i][2..3] of token g + 16i + 8; plus `start`.
-template <typename T, int kSlices>
-__device__ __forceinline__ void times(float (&d)[2][4], const TileWords<kSlices>& tile,
-                                      const uint4* fragments, const float (&start)[2][4]) {
-#pragma unroll
-  for (int s = 0; s < kSlices; ++s) {
-    const uint4 f = fragments[s * 32];
+/// block(s, f): its B fragments, of the channels of slice s.
+template <typename T, int kSlices, typename Block>
+__device__ __forceinline__ void times(float (&d)[2][4], const TileWords<kSlices>& tile, Block block,
+                                      const float (&start)[2][4] = {}) {
+  unrolled<kSlices>([&](auto s) {
+    uint32_t f[4];
+    block(s, f);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint32_t (&upper)[4] = tile[s][2 * i], (&lower)[4] = tile[s][2 * i + 1];
-      const float (&sum)[4] = s ? static_cast<const float (&)[4]>(d[i]) : start[i];
-      mma<T>(d[i], upper[0], lower[0], upper[1], lower[1], f.x, f.y, sum);
-      mma<T>(d[i], upper[2], lower[2], upper[3], lower[3], f.z, f.w, d[i]);
+      const float (&sum)[4] = s > 0 ? static_cast<const float (&)[4]>(d[i]) : start[i];
+      mma<T>(d[i], upper[0], lower[0], upper[1], lower[1], f[0], f[1], sum);
+      mma<T>(d[i], upper[2], lower[2], upper[3], lower[3], f[2], f[3], d[i]);
     }
-  }
+  });
 }
 
-template <typename T, int kSlices>
-__device__ __forceinline__ void times(float (&d)[2][4], const TileWords<kSlices>& tile,
-                                      const uint4* fragments) {
-  const float zero[2][4] = {};
-  times<T, kSlices>(d, tile, fragments, zero);
+template <typename T>
+__device__ __forceinline__ void pack_tile(uint32_t (&words)[4][4], const float (&x)[4][8]) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i)
+    words[i / 4][i % 4] = Pair<T>::pack(x[i / 4][i % 4 * 2], x[i / 4][i % 4 * 2 + 1]);
 }
 
 __device__ __forceinline__ void store_tile(uint32_t address, const uint32_t (&words)[4][4]) {
@@ -52,13 +54,13 @@ struct BackwardLayout {
   // Of a warp: `kStages` tiles of two inputs, and one for partners to read w from.
   static constexpr int kSecond = kStages * kTile, kShared = 2 * kStages * kTile;
   static constexpr int kTileBytes = kShared + (kPartners > 1 ? kTile : 0);
-  // B fragments of a slice, 512 bytes each: by n-block and partner a matrix, its transpose, a vector.
-  static constexpr int kTransposed = 4 * kPartners, kVector = 8 * kPartners;
-  static constexpr int kFragmentBytes = 9 * kPartners * 512;
+  // Of a slice: its rows of S, 32 columns at a time; then m as B fragments of 512 bytes, one to a partner.
+  static constexpr int kMatrix = kSliceChannels * kSliceChannels * 2, kMean = kPartners * kMatrix;
+  static constexpr int kStateBytes = kMean + kPartners * 512;
 
   static constexpr __host__ __device__ int fixed_bytes(int channels, int groups) {
     const int slices = channels / kSliceChannels;
-    return channels * 12 + SliceGroup::shared_bytes(groups, slices) + slices * kFragmentBytes;
+    return channels * 12 + SliceGroup::shared_bytes(groups, slices) + slices * kStateBytes;
   }
   static constexpr __host__ __device__ int tile_bytes(int channels, int groups) {
     return channels / kSliceChannels * groups * kTileBytes;
@@ -75,45 +77,87 @@ struct BackwardBlock {
   int channels, slices, groups, group, slice, partner;
   int position;  // of the lane's vector in a tile or fragment: so that an 8x8 block's rows lie in other banks
   float *inverse_scale, *mean, *scale_sums;  // (channels): 1 / scale, m or its gradient, sums for scale
-  unsigned char *exchange, *fragments, *tiles, *rest;
-  uint32_t tile;  // the lane's vector of the warp's first tile
+  unsigned char *exchange, *states, *tiles, *rest;
+  uint32_t tile;           // the lane's vector of the warp's first tile
+  uint32_t rows, columns;  // of S, see `row_block` and `column_block`
 
   __device__ __forceinline__ BackwardBlock(unsigned char* shared, int channels, int groups)
       : channels(channels), slices(channels / kSliceChannels), groups(groups) {
     const int warp = threadIdx.x / 32;
-    group = warp / slices, slice = warp - group * slices, partner = slice % kPartners;
+    group = groups > 1 ? warp / slices : 0, slice = warp - group * slices, partner = slice % kPartners;
     position = lane.g * 4 + (lane.t ^ lane.g / 2);
     inverse_scale = reinterpret_cast<float*>(shared);
     mean = inverse_scale + channels;
     scale_sums = mean + channels;
     exchange = shared + channels * 12;
-    fragments = exchange + SliceGroup::shared_bytes(groups, slices);
-    tiles = fragments + slices * Layout::kFragmentBytes;
+    states = exchange + SliceGroup::shared_bytes(groups, slices);
+    tiles = states + slices * Layout::kStateBytes;
     rest = tiles + Layout::tile_bytes(channels, groups);
     tile = shared_address(tiles) + warp * Layout::kTileBytes + position * 16;
-    keep(position), keep(tile);
+    const int matrix = lane.index / 8, r = lane.index % 8, row = r / 2 * 8 + r % 2;
+    rows = slice_state() - partner * (Layout::kStateBytes - Layout::kMatrix) + (row + 2 * matrix) * 64 +
+           (r / 2 ^ matrix) * 16;
+    columns = slice_state() + row * 64 + (r / 2 ^ matrix) * 16;
+    keep(position), keep(tile), keep(rows), keep(columns);
   }
 
   __device__ __forceinline__ int first_channel() const { return slice * kSliceChannels + 8 * lane.t; }
-  /// The lane's vector of the slice's first fragment.
-  __device__ __forceinline__ const uint4* slice_fragments() const {
-    return reinterpret_cast<const uint4*>(fragments + slice * Layout::kFragmentBytes) + position;
+  __device__ __forceinline__ uint32_t slice_state() const {
+    return shared_address(states) + slice * Layout::kStateBytes;
+  }
+  /// The warp's first tile.
+  __device__ __forceinline__ uint32_t warp_tile() const { return tile - position * 16; }
+  /// The lane's word of row g of a tile, channels 8 b + 2t; that of row g + 8 is 512 bytes on.
+  __device__ __forceinline__ uint32_t word(uint32_t tile, int b) const {
+    return tile + lane.g * 64 + (lane.g / 2 ^ b) * 16 + 4 * lane.t;
+  }
+
+  // B fragments for `times`. In memory, row R of S's 32 x 32 blocks is 64 bytes, whose four vectors change
+  // places by R / 8 ^ R / 2 % 4: neither the rows that one ldmatrix takes, two of each eight, nor those that
+  // StateGradient::pack writes, eight in a row, meet a bank twice.
+
+  /// For S: its rows in tile order by the slice's own columns 8 b and on, of the head's slice s.
+  __device__ __forceinline__ auto row_block(int b) const {
+    return [from = flip(rows, b * 16)](auto s, uint32_t (&f)[4]) {
+      load_matrix_x4_transposed<s * Layout::kStateBytes>(f, from);
+    };
+  }
+  /// For the transpose of S: its columns of slice s by the slice's own rows, numbers 8 b and on in tile
+  /// order.
+  __device__ __forceinline__ auto column_block(int b) const {
+    return [from = flip(columns, b * 16) + b * 128](auto s, uint32_t (&f)[4]) {
+      load_matrix_x4<s * Layout::kMatrix>(f, from);
+    };
+  }
+  /// For m, its rows in tile order, as pack_mean has laid it out.
+  __device__ __forceinline__ auto mean_block() const {
+    return [from = slice_state() + Layout::kMean + position * 16](auto s, uint32_t (&f)[4]) {
+      load_shared<s * 512>(f, from);
+    };
   }
   /// For ldmatrix: row lane % 8 of the 8x8 block of tokens 8 r and on, channels 8 c and on, of a warp's tile.
   __device__ __forceinline__ uint32_t block_row(int r, int c) const {
     const int row = lane.index % 8;
-    return tile - position * 16 + r * 512 + row * 64 + (c ^ row / 2) * 16;
+    return warp_tile() + r * 512 + row * 64 + (c ^ row / 2) * 16;
   }
 
   /// What partner p has where this warp has `address`.
   __device__ __forceinline__ uint32_t of_partner(uint32_t address, int p) const {
     return address + (p - partner) * Layout::kTileBytes;
   }
-  /// The tiles of all partners at `address`.
+  /// The tiles of all partners at `address`, a lane's vector: in tile order.
   __device__ __forceinline__ void load_tiles(TileWords<kPartners>& words, uint32_t address) const {
 #pragma unroll
     for (int p = 0; p < kPartners; ++p) {
       unrolled<4>([&](auto r) { load_shared<r * 512>(words[p][r], of_partner(address, p)); });
+    }
+  }
+  /// Those behind the first by `at` bytes, channels in their own order.
+  __device__ __forceinline__ void load_tiles_in_order(TileWords<kPartners>& words, int at) const {
+    const uint32_t row = block_row(0, lane.index / 8) + at;
+#pragma unroll
+    for (int p = 0; p < kPartners; ++p) {
+      unrolled<4>([&](auto r) { load_matrix_x4<r * 512>(words[p][r], of_partner(row, p)); });
     }
   }
 
@@ -121,8 +165,7 @@ struct BackwardBlock {
   /// lane's own head in its columns; else of the slice, once.
   template <typename T, bool kSplit>
   __device__ __forceinline__ void pack_mean() const {
-    uint4* to = reinterpret_cast<uint4*>(fragments + slice * Layout::kFragmentBytes) + Layout::kVector * 32 +
-                position;
+    uint4* to = reinterpret_cast<uint4*>(states + slice * Layout::kStateBytes + Layout::kMean) + position;
 #pragma unroll
     for (int p = 0; p < (kSplit ? kPartners : 1); ++p) {
       const float* from = mean + (kSplit ? slice - partner + p : slice) * kSliceChannels + 8 * lane.t;

@@ -14,10 +14,15 @@ namespace flatten::cuda::tensorcore {
 
 template <int kHeadDim, int kTaps>
 struct KeyGradientTraits {
-  static constexpr int kStages = 2;
+  static constexpr int kStages = kHeadDim == 64 || kTaps == 7 ? 1 : 2;  // one for room, or for registers
   using Layout = BackwardLayout<kHeadDim, kStages>;
   static constexpr int kSlices = 1;  // RowLoader: of a warp
-  static constexpr bool kSumsTaps = sums_taps(kHeadDim, kTaps);
+  // Gradients of the taps: as the keys are passed over, or behind them, where the 26 sums of 5 x 5 would not
+  // fit in a lane's registers beside a head of 64, or any power.
+  static constexpr bool kSumsTaps = sums_taps(kTaps);
+  static constexpr __host__ __device__ bool taps_along(int mode) {
+    return kTaps == 3 || (kTaps == 5 && kHeadDim <= 32 && mode == 3);
+  }
   static constexpr int kHalo = kTaps / 2;
   // The ring of grad_out in blocks of four pixel rows: what a step reads, and one block in flight. A pixel is
   // an odd number of 16-byte vectors: eight of them in a row lie in different banks.
@@ -45,20 +50,20 @@ struct KeyGradientTraits {
 };
 
 /// Rows y0 to y_end of the patch of columns x0 and on. grads.begin_step(y) is called by all warps before a
-/// step and waits for what it needs, grads.point(y, pixels) says where its grad_out is. The fragments hold
-/// dS, its transpose and dm. kSumTaps: adds to `taps`, too.
-template <typename T, int kHeadDim, int kTaps, int kMode, bool kSumTaps, int kStages, typename Grads>
+/// step and waits for what it needs, grads.point(y, pixels) says where its grad_out is. The block holds dS
+/// and dm. kSumTaps: adds to `taps`, too.
+template <typename T, int kHeadDim, int kTaps, int kMode, bool kSumTaps, int kStages, typename Grads,
+          int kTapsToSum>
 __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages>& block, SliceGroup& group,
                                          const KeyGradientParams& params, const Window& window, int x0,
                                          int y0, int y_end, Grads& grads, const LaneTaps<kTaps>& lane_taps,
-                                         TapGradient<T, kTaps>& taps, float (&scale_sum)[8]) {
+                                         TapGradient<T, kTapsToSum>& taps, float (&scale_sum)[8]) {
   using Layout = BackwardLayout<kHeadDim, kStages>;
   constexpr int kPartners = Layout::kPartners;
   const Lane& lane = block.lane;
   const WindowGrid& grid = params.grid;
   const int first_channel = block.first_channel(), slice_channel = block.slice * kSliceChannels;
   const float *inverse_scale = block.inverse_scale + first_channel, *mean = block.mean + first_channel;
-  const uint4* fragments = block.slice_fragments();
 
   // k and v: pixels in column g of the patch, rows r of the step. Beyond the window the last k is repeated, v
   // is zero.
@@ -66,15 +71,14 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages>&
   const int x = x0 + lane.g, token_x = window.column(grid, min(x, grid.window_w - 1));
   int y_stop = x < grid.window_w ? y_end : y0;  // the lane's rows
   if (grid.raster) y_stop = min(y_stop, (params.tokens - x + grid.map_w - 1) / grid.map_w);
-  const auto base = [&](const TokenArray& tokens, int channel) {
-    return static_cast<const char*>(tokens.data) + window.image * tokens.image + channel * 2;
+  const auto base = [&](const TokenArray& x, int channel) {  // as query_pass
+    int image = window.image;
+    keep(image);
+    return static_cast<const char*>(x.data) + image * x.image + channel * 2;
   };
-  const char *key = base(params.key, first_channel), *value = base(params.value, first_channel);
-  char* to_key = const_cast<char*>(base(params.grad_key, first_channel));
-  char* to_value =
-      const_cast<char*>(base(params.grad_value, slice_channel + lane.t % 2 * 8 + lane.t / 2 * 4));
   int token[4], stage = 0;
   const auto load = [&](int at, int y) {
+    const char *key = base(params.key, first_channel), *value = base(params.value, first_channel);
     unrolled<4>([&](auto r) {
       token[r] = min(window.row(grid, min(y + r, grid.window_h - 1)) + token_x, params.tokens - 1);
       copy_async<r * 512, 0>(block.tile + at, key + static_cast<int64_t>(token[r]) * params.key.token);
@@ -93,29 +97,12 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages>&
     const uint32_t key_tile = block.tile + stage, value_tile = key_tile + Layout::kSecond;
     const LaneBias bias{params.focus.key_bias, params.channels,        first_channel,
                         y * grid.window_w + x, params.window_keys - 1, grid.window_w};
-    Norms norms;
     TileWords<kPartners> w;
-    {
-      uint32_t own[4][4];
-      focus(
-          key_tile, bias,
-          [&](const float (&powers)[1][4][8]) {
-#pragma unroll
-            for (int r = 0; r < 4; ++r) {
-#pragma unroll
-              for (int i = 0; i < 4; ++i)
-                own[r][i] = Pair<T>::pack(powers[0][r][2 * i], powers[0][r][2 * i + 1]);
-            }
-            if constexpr (kPartners > 1) store_tile(block.tile + Layout::kShared, own);
-          },
-          [&](const Norms& found) { norms = found; });
-      if constexpr (kPartners > 1) {
-        block.load_tiles(w, block.tile + Layout::kShared);
-      } else {
-#pragma unroll
-        for (int i = 0; i < 16; ++i) w[0][i / 4][i % 4] = own[i / 4][i % 4];
-      }
-    }
+    const Norms norms = focus.pack(key_tile, bias, [&](const float (&powers)[1][4][8]) {
+      pack_tile<T>(w[0], powers[0]);
+      if constexpr (kPartners > 1) store_tile(block.tile + Layout::kShared, w[0]);
+    });
+    if constexpr (kPartners > 1) block.load_tiles(w, block.tile + Layout::kShared);
     const bool own_inside = y + lane.t < y_stop;
     const float own_factor = own_inside ? phi_factor(norms) : 0.0f;
     float factor[4];
@@ -132,9 +119,9 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages>&
       TileWords<1> own;
       if constexpr (kPartners > 1) {
         unrolled<4>([&](auto r) { load_shared<r * 512>(own[0][r], block.tile + Layout::kShared); });
-        times<T, 1>(d, own, fragments + Layout::kVector * 32);
+        times<T, 1>(d, own, block.mean_block());
       } else {
-        times<T, 1>(d, w, fragments + Layout::kVector * 32);
+        times<T, 1>(d, w, block.mean_block());
       }
 #pragma unroll
       for (int r = 0; r < 4; ++r) dot[r] = d[r / 2][r % 2 * 2] + d[r / 2][r % 2 * 2 + 1];
@@ -156,7 +143,7 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages>&
       unrolled<2>([&](auto half) {
         const int b = 2 * pair + half;
         float o[2][4];
-        times<T, kPartners>(o, w, fragments + b * kPartners * 32);
+        times<T, kPartners>(o, w, block.row_block(b));
         uint32_t v[4];
         load_matrix_x4<0>(v, value_row ^ (b * 16));
 #pragma unroll
@@ -174,11 +161,12 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages>&
           word[half][r] = Pair<T>::pack(o[r / 2][r % 2 * 2], o[r / 2][r % 2 * 2 + 1]);
       });
       const bool odd = lane.t % 2;  // neighbours swap a word, for whole sectors
+      char* to_value = const_cast<char*>(
+          base(params.grad_value, slice_channel + pair * 16 + lane.t % 2 * 8 + lane.t / 2 * 4));
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         const uint32_t other = shuffle_xor<1>(odd ? word[0][r] : word[1][r]);
-        store_if(y + r < y_stop,
-                 to_value + static_cast<int64_t>(out[r]) * params.grad_value.token + pair * 32,
+        store_if(y + r < y_stop, to_value + static_cast<int64_t>(out[r]) * params.grad_value.token,
                  make_uint2(odd ? other : word[0][r], odd ? word[1][r] : other));
       }
       pixels.advance(32);
@@ -189,15 +177,16 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages>&
     const float total = group.exchange({quad_sum(dot, lane.t), 0.0f}, lane.index, plus).x;
     RowTerms terms(factor, own_factor, own_inside ? total : 0.0f, norms);
     TileWords<kPartners> v;
-    block.load_tiles(v, value_tile);
+    block.load_tiles_in_order(v, stage + Layout::kSecond);
     uint32_t k[4][4];
     unrolled<4>([&](auto r) { load_shared<r * 512>(k[r], key_tile); });
-    gradient_rows<T, kMode>(
-        k, bias, inverse_scale, params.focus, terms, scale_sum, [&](auto b, float (&r)[2][4]) {
-          const float2 m = *reinterpret_cast<const float2*>(mean + 2 * b);
-          const float start[2][4] = {{m.x, m.y, m.x, m.y}, {m.x, m.y, m.x, m.y}};
-          times<T, kPartners>(r, v, fragments + (Layout::kTransposed + b * kPartners) * 32, start);
-        });
+    gradient_rows<T, kMode>(k, bias, inverse_scale, params.focus, terms, scale_sum,
+                            [&](auto b, float (&r)[2][4]) {
+                              const float2 m = *reinterpret_cast<const float2*>(mean + 2 * b);
+                              const float start[2][4] = {{m.x, m.y, m.x, m.y}, {m.x, m.y, m.x, m.y}};
+                              times<T, kPartners>(r, v, block.column_block(b), start);
+                            });
+    char* to_key = const_cast<char*>(base(params.grad_key, first_channel));
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       if (y + r < y_stop) {
@@ -215,23 +204,61 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages>&
   }
 }
 
+/// The gradients of the taps alone, over the same pixels and with the same `grads`.
+template <typename T, int kHeadDim, int kTaps, int kStages, typename Grads>
+__device__ __forceinline__ void tap_pass(const BackwardBlock<kHeadDim, kStages>& block,
+                                         const KeyGradientParams& params, const Window& window, int x0,
+                                         int y0, int y_end, Grads& grads, TapGradient<T, kTaps>& taps) {
+  const WindowGrid& grid = params.grid;
+  const Lane& lane = block.lane;
+  const bool patch_inside = x0 < grid.window_w;
+  const int x = x0 + lane.g, column = window.column(grid, min(x, grid.window_w - 1));
+  const char* value = static_cast<const char*>(params.value.data) + window.image * params.value.image +
+                      block.first_channel() * 2;
+  int tile = 0;
+  const auto load = [&](int y) {
+    unrolled<4>([&](auto r) {
+      const bool inside = x < grid.window_w && y + r < y_end;
+      const int64_t token = window.row(grid, min(y + r, grid.window_h - 1)) + column;
+      copy_async(block.tile + tile + r * 512, value + token * params.value.token, inside ? 16 : 0);
+    });
+    copy_async_commit();
+  };
+  __syncwarp();
+  if (patch_inside) load(y0);
+  for (int y = y0; y < y_end; y += kStepRows) {
+    copy_async_wait<0>();
+    grads.begin_step(y);
+    if (!patch_inside) continue;
+    __syncwarp();
+    const uint32_t value_row = block.block_row(lane.index / 8, 0) + tile;
+    tile ^= BackwardLayout<kHeadDim, kStages>::kTile;
+    if (y + kStepRows < y_end) load(y + kStepRows);
+    PixelRows<kTaps> pixels;
+    grads.point(y, pixels);
+    taps.add_slice(pixels, value_row, lane);
+  }
+}
+
 /// grad_out in a ring of rows.
 template <typename Traits>
 struct RingGrads {
   RowLoader<Traits> loader;
   uint32_t pixel;
-  int pixel_bytes, row_bytes, y_end, matrix, block = 0;  // of the ring, where the step's first row is
+  int pixel_bytes, row_bytes, y_end, matrix;
+  int block = Traits::kRingBlocks - 1;  // of the ring, where the step's first row is; begin_step moves on
 
-  __device__ __forceinline__ RingGrads(const KeyGradientParams& params, const Window& window, uint32_t ring,
-                                       int x0, int y0, int y_end, int slice, int patch, const Lane& lane)
-      : loader(params.grad_out, params.grid, window, params.channels, params.patches, ring, x0, y_end,
-               slice * kSliceChannels, patch, lane),
+  template <typename Block>
+  __device__ __forceinline__ RingGrads(const KeyGradientParams& params, const Window& window, int x0, int y0,
+                                       int y_end, const Block& block)
+      : loader(params.grad_out, params.grid, window, params.channels, params.patches,
+               shared_address(block.rest), x0, y_end, block.slice * kSliceChannels, block.group, block.lane),
         pixel_bytes(Traits::pixel_bytes(params.channels)),
         row_bytes(Traits::pitch(params.patches) * pixel_bytes),
         y_end(y_end),
-        matrix(lane.index / 8) {
-    pixel = ring + (patch * kPatchColumns + lane.index % 8) * pixel_bytes + slice * kSliceChannels * 2;
-    block = Traits::kRingBlocks - 1;  // begin_step moves on
+        matrix(block.lane.index / 8) {
+    pixel = shared_address(block.rest) + (block.group * kPatchColumns + block.lane.index % 8) * pixel_bytes +
+            block.slice * kSliceChannels * 2;
     if constexpr (Traits::kHalo > 0) {
       for (int i = 0; i < Traits::kReadBlocks; ++i) loader.load_block(y0 - Traits::kHalo + i * kStepRows, i);
     }
@@ -256,6 +283,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     backward_key(const __grid_constant__ KeyGradientParams params) {
 #if __CUDA_ARCH__ >= 800
   using Traits = KeyGradientTraits<kHeadDim, kTaps>;
+  constexpr bool kTapsAlong = Traits::taps_along(kMode);
   extern __shared__ __align__(128) unsigned char shared[];
   const int channels = params.channels;
   unsigned char* tap_table = shared;
@@ -267,12 +295,10 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   const int patch = block.group;
   const int x0 = blockIdx.x * params.patches * kPatchColumns, y0 = blockIdx.y * params.rows;
   const int y_end = min(y0 + params.rows, grid.window_h);
-  RingGrads<Traits> grads(params, window, shared_address(block.rest), x0, y0, y_end, block.slice, patch,
-                          lane);
+  RingGrads<Traits> grads(params, window, x0, y0, y_end, block);
 
   load_inverse_scale<T>(block.inverse_scale, params.focus, channels);
   const float* state = params.state_gradient + static_cast<int64_t>(blockIdx.z) * channels * (kHeadDim + 1);
-  for (int c = threadIdx.x; c < channels; c += blockDim.x) block.mean[c] = state[channels * kHeadDim + c];
   const int tap_rows = Traits::tap_rows(channels, params.per_channel);
   const int kernels = params.per_channel ? channels : kHeadDim;
   if constexpr (kTaps > 0) {
@@ -280,29 +306,34 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
                                             kernels);
   }
   const LaneTaps<kTaps> lane_taps(tap_table, tap_rows, block.slice * kSliceChannels % tap_rows, lane);
-  if (patch == 0) {
-    StateGradient<T, kHeadDim> s;
-    s.load_matrix(state, block.slice, lane);
-    s.template pack<false>(block);
-  }
-  __syncthreads();
-  if (patch == 0) block.template pack_mean<T, false>();
+  load_state<T, false>(block, state);
 
   SliceGroup group(block.exchange, patch, params.patches, block.slice, block.slices);
-  TapGradient<T, kTaps> taps;
+  TapGradient<T, kTapsAlong ? kTaps : 0> along;
   float scale_sum[8] = {};
-  __syncthreads();
-  key_pass<T, kHeadDim, kTaps, kMode, Traits::kSumsTaps>(
-      block, group, params, window, x0 + patch * kPatchColumns, y0, y_end, grads, lane_taps, taps, scale_sum);
+  key_pass<T, kHeadDim, kTaps, kMode, kTapsAlong>(block, group, params, window, x0 + patch * kPatchColumns,
+                                                  y0, y_end, grads, lane_taps, along, scale_sum);
   const int64_t row = (static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
   if (params.scale_partials) {
+    const Lane anew;  // and the rest too, rather than registers held all along
+    const int group = threadIdx.x / channels, channel = (threadIdx.x - group * channels) & -kSliceChannels;
     store_scale(params.scale_partials + row * channels, block.scale_sums, block.inverse_scale, scale_sum,
-                block.slice * kSliceChannels, patch, params.patches, lane);
+                channel, group, params.patches, anew);
   }
   if constexpr (Traits::kSumsTaps) {
-    if (params.tap_partials) {
+    if (!params.tap_partials) return;
+    const auto store = [&](const TapGradient<T, kTaps>& taps) {
       taps.store(params.tap_partials + row * TapGradient<T, kTaps>::kSums * kernels,
                  reinterpret_cast<float*>(block.tiles), block.slices, params.patches, kernels, lane);
+    };
+    if constexpr (kTapsAlong) {
+      store(along);
+    } else {
+      __syncthreads();  // the ring and the tiles are free
+      TapGradient<T, kTaps> behind;
+      RingGrads<Traits> grads(params, window, x0, y0, y_end, block);
+      tap_pass<T>(block, params, window, x0 + patch * kPatchColumns, y0, y_end, grads, behind);
+      store(behind);
     }
   }
 #endif

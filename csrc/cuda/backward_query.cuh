@@ -12,7 +12,7 @@
 namespace flatten::cuda::tensorcore {
 
 /// Tokens begin + 32 (group + n groups) and on of a window, up to `end`: adds their part of dS and dm to
-/// `sum` and of scale's gradient to scale_sum. The fragments hold S in tile order, its transpose and m.
+/// `sum` and of scale's gradient to scale_sum. The block holds S and m.
 template <typename T, int kHeadDim, int kMode, int kStages>
 __device__ __forceinline__ void query_pass(const BackwardBlock<kHeadDim, kStages>& block, SliceGroup& group,
                                            const QueryGradientParams& params, const Window& window, int begin,
@@ -22,17 +22,17 @@ __device__ __forceinline__ void query_pass(const BackwardBlock<kHeadDim, kStages
   const Lane& lane = block.lane;
   const int first_channel = block.first_channel();
   const float *inverse_scale = block.inverse_scale + first_channel, *mean = block.mean + first_channel;
-  const uint4* fragments = block.slice_fragments();
-  const auto base = [&](const TokenArray& x) {
-    return static_cast<const char*>(x.data) + window.image * x.image + first_channel * 2;
+  const auto base = [&](const TokenArray& x) {  // made where it is used: it takes no registers between
+    int image = window.image;
+    keep(image);
+    return static_cast<const char*>(x.data) + image * x.image + first_channel * 2;
   };
-  const char *query = base(params.query), *grad = base(params.grad_out);
-  char* to = const_cast<char*>(base(params.grad_query));
 
   // The lane's vectors of q and grad_out; tokens past the end repeat the last one.
   int token[4], stage = 0;
   const auto load = [&](int at, int first) {
     window.tokens(token, params.grid, first + lane.g, end - 1);
+    const char *query = base(params.query), *grad = base(params.grad_out);
     unrolled<4>([&](auto r) {
       copy_async<r * 512, 0>(block.tile + at, query + static_cast<int64_t>(token[r]) * params.query.token);
       copy_async<Layout::kSecond + r * 512, 0>(block.tile + at,
@@ -45,23 +45,13 @@ __device__ __forceinline__ void query_pass(const BackwardBlock<kHeadDim, kStages
   load(stage, first);
   const Focus<T, 1, kMode> focus(params.focus, inverse_scale, group, lane);
   for (; first < end; first += stride) {
-    const uint32_t query_tile = block.tile + stage, grad_tile = query_tile + Layout::kSecond;
+    const uint32_t query_tile = block.tile + stage;
     copy_async_wait<0>();
     TileWords<1> w;
-    Norms norms;
-    focus(
-        query_tile,
-        [&](const float (&powers)[1][4][8]) {
-#pragma unroll
-          for (int r = 0; r < 4; ++r) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              w[0][r][i] = Pair<T>::pack(powers[0][r][2 * i], powers[0][r][2 * i + 1]);
-            }
-          }
-          if constexpr (kPartners > 1) store_tile(block.tile + Layout::kShared, w[0]);
-        },
-        [&](const Norms& own) { norms = own; });
+    const Norms norms = focus.pack(query_tile, [&](const float (&powers)[1][4][8]) {
+      pack_tile<T>(w[0], powers[0]);
+      if constexpr (kPartners > 1) store_tile(block.tile + Layout::kShared, w[0]);
+    });
     int out[4];  // tokens
 #pragma unroll
     for (int r = 0; r < 4; ++r) out[r] = token[r];
@@ -69,7 +59,7 @@ __device__ __forceinline__ void query_pass(const BackwardBlock<kHeadDim, kStages
 
     // share, and g / den in the place of g. A token past the end has neither.
     const float own_eps = __fdividef(params.eps, phi_factor(norms));
-    float share[4] = {}, inverse[4], own_share;
+    float share[4], own_share;
     {
       TileWords<kPartners> all;
       if constexpr (kPartners > 1) {
@@ -79,31 +69,57 @@ __device__ __forceinline__ void query_pass(const BackwardBlock<kHeadDim, kStages
         for (int i = 0; i < 16; ++i) all[0][i / 4][i % 4] = w[0][i / 4][i % 4];
       }
       float d[2][4];
-      times<T, kPartners>(d, all, fragments + Layout::kVector * 32);
-      quad_gather(inverse, own_eps);
+      times<T, kPartners>(d, all, block.mean_block());
+      float eps[4], inverse[Layout::kHeads][4], shares[Layout::kHeads][4] = {};
+      quad_gather(eps, own_eps);
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        const float den = d[r / 2][r % 2 * 2] + d[r / 2][r % 2 * 2 + 1] + inverse[r];
-        inverse[r] = first + lane.g + 8 * r < end ? __fdividef(1.0f, den) : 0.0f;
+        const float den = d[r / 2][r % 2 * 2] + d[r / 2][r % 2 * 2 + 1] + eps[r];
+        const float own = first + lane.g + 8 * r < end ? __fdividef(1.0f, den) : 0.0f;
+        inverse[0][r] = own;
+        if constexpr (Layout::kHeads == 2) {  // own: of head t / 2
+          const float other = shuffle_xor<2>(own);
+          inverse[0][r] = lane.t < 2 ? own : other;
+          inverse[1][r] = lane.t < 2 ? other : own;
+        }
       }
-      uint32_t g[4][4];
-      unrolled<4>([&](auto r) { load_shared<r * 512>(g[r], grad_tile); });
+      const int grad_tile = stage + Layout::kSecond;
+      const uint32_t grad_row = block.block_row(lane.index / 8, 0) + grad_tile;
       unrolled<4>([&](auto b) {
-        times<T, kPartners>(d, all, fragments + b * kPartners * 32);
+        times<T, kPartners>(d, all, block.row_block(b));
+        uint32_t g[4];  // channels 8 b + 2t of token g + 8r
+        load_matrix_x4<0>(g, grad_row ^ b * 16);
+        __syncwarp();  // before words take the place of others' rows
+        constexpr int head = b * Layout::kHeads / 4;
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-          const float2 x = Pair<T>::unpack(g[r][b]);
-          share[r] = fmaf(x.x, d[r / 2][r % 2 * 2], fmaf(x.y, d[r / 2][r % 2 * 2 + 1], share[r]));
-          g[r][b] = Pair<T>::pack(x.x * inverse[r], x.y * inverse[r]);
+          const float2 x = Pair<T>::unpack(g[r]);
+          float& sum = shares[head][r];
+          sum = fmaf(x.x, d[r / 2][r % 2 * 2], fmaf(x.y, d[r / 2][r % 2 * 2 + 1], sum));
+          g[r] = Pair<T>::pack(x.x * inverse[head][r], x.y * inverse[head][r]);
         }
+        const uint32_t to = block.word(block.warp_tile() + grad_tile, b);
+        unrolled<4>([&](auto r) { store_shared<r * 512>(to, g[r]); });
       });
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        share[r] *= inverse[r] * inverse[r];
+        share[r] = shares[0][r] * inverse[0][r] * inverse[0][r];
+        if constexpr (Layout::kHeads == 2) {
+          const float first_head = share[r], second_head = shares[1][r] * inverse[1][r] * inverse[1][r];
+          share[r] = first_head + second_head;
+          shares[0][r] = lane.t < 2 ? first_head : second_head;  // of head t / 2, and of the other
+          shares[1][r] = lane.t < 2 ? second_head : first_head;
+        }
       }
-      store_tile(grad_tile, g);
+      own_share = quad_sum(share, lane.t);
+      if constexpr (Layout::kHeads == 2) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          share[r] = shares[0][r] + shuffle_xor<2>(shares[1][r]);
+          share[r] += shuffle_xor<1>(share[r]);
+        }
+      }
     }
-    own_share = quad_sum(share, lane.t);
     const auto plus = [](float2 a, float2 b) { return float2{a.x + b.x, 0.0f}; };
     const float dot = group.exchange({own_share, 0.0f}, lane.index, plus).x * own_eps;
     if constexpr (kPartners > 1) {
@@ -112,12 +128,7 @@ __device__ __forceinline__ void query_pass(const BackwardBlock<kHeadDim, kStages
       for (int p = 0; p < kPartners; ++p)
         own_share += group.brought(block.slice - block.partner + p, lane.index).x;
     }
-    if constexpr (Layout::kHeads == 1) {
-      quad_gather(share, own_share);
-    } else {
-#pragma unroll
-      for (int r = 0; r < 4; ++r) share[r] += shuffle_xor<1>(share[r]);
-    }
+    if constexpr (Layout::kHeads == 1) quad_gather(share, own_share);
 #pragma unroll
     for (int r = 0; r < 4; ++r) share[r] = -share[r];
 
@@ -130,17 +141,19 @@ __device__ __forceinline__ void query_pass(const BackwardBlock<kHeadDim, kStages
     sum.add(block, kPartners > 1 ? Layout::kShared : stage, stage + Layout::kSecond, share);
 
     TileWords<kPartners> u;
-    block.load_tiles(u, grad_tile);
+    block.load_tiles_in_order(u, stage + Layout::kSecond);
     const float ones[4] = {1.0f, 1.0f, 1.0f, 1.0f};
     RowTerms terms(ones, 1.0f, dot, norms);
-    gradient_rows<T, kMode>(
-        x, LaneBias{}, inverse_scale, params.focus, terms, scale_sum, [&](auto b, float (&r)[2][4]) {
-          const float2 m = *reinterpret_cast<const float2*>(mean + 2 * b);
-          float start[2][4];
+    gradient_rows<T, kMode>(x, LaneBias{}, inverse_scale, params.focus, terms, scale_sum,
+                            [&](auto b, float (&r)[2][4]) {
+                              const float2 m = *reinterpret_cast<const float2*>(mean + 2 * b);
+                              float start[2][4];
 #pragma unroll
-          for (int i = 0; i < 8; ++i) start[i / 4][i % 4] = share[i / 2] * (i % 2 ? m.y : m.x);
-          times<T, kPartners>(r, u, fragments + (Layout::kTransposed + b * kPartners) * 32, start);
-        });
+                              for (int i = 0; i < 8; ++i)
+                                start[i / 4][i % 4] = share[i / 2] * (i % 2 ? m.y : m.x);
+                              times<T, kPartners>(r, u, block.column_block(b), start);
+                            });
+    char* to = const_cast<char*>(base(params.grad_query));
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       if (first + lane.g + 8 * r < end) {
@@ -173,20 +186,10 @@ __global__ void __launch_bounds__(kBackwardThreads)
   const Window window(params.grid, blockIdx.y);
   const int64_t index = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
   const int64_t state_size = static_cast<int64_t>(params.channels) * (kHeadDim + 1);
-  const float* state = params.state + blockIdx.y * state_size;
 
   load_inverse_scale<T>(block.inverse_scale, params.focus, params.channels);
-  for (int c = threadIdx.x; c < params.channels; c += blockDim.x)
-    block.mean[c] = state[params.channels * kHeadDim + c];
+  load_state<T, true>(block, params.state + blockIdx.y * state_size);
   StateGradient<T, kHeadDim> sum;
-  if (block.group == 0) {
-    StateGradient<T, kHeadDim> s;
-    s.load_matrix(state, block.slice, lane);
-    s.template pack<true>(block);
-  }
-  __syncthreads();
-  if (block.group == 0) block.template pack_mean<T, true>();
-  __syncthreads();
   SliceGroup group(block.exchange, block.group, params.groups, block.slice, block.slices);
   float scale_sum[8] = {};
   query_pass<T, kHeadDim, kMode>(block, group, params, window, begin, end, sum, scale_sum);

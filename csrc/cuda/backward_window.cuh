@@ -1,7 +1,7 @@
 // All gradients of a window in one launch and one block: backward_query.cuh's pass, then backward_key.cuh's.
 //
-// dS and dm go from the registers of the first to the fragments of the second, and grad_out of the whole
-// window stays in shared memory for the taps, in raster order with a pixel of zeros behind.
+// dS and dm take the place of S and m between the two, and grad_out of the whole window stays in shared
+// memory for the taps, in raster order with a pixel of zeros behind.
 #pragma once
 
 #include "backward_key.cuh"
@@ -24,34 +24,6 @@ struct WindowGradientTraits {
     return Rows::taps_bytes(channels, per_channel) + Layout::fixed_bytes(channels, groups) + work;
   }
 };
-
-/// Adds the gradients of the taps over the patch of columns x0 and on, alone: the registers of key_pass hold
-/// no sums of them beside all else.
-template <typename T, int kHeadDim, int kTaps, int kStages, typename Grads>
-__device__ __forceinline__ void tap_pass(const BackwardBlock<kHeadDim, kStages>& block,
-                                         const KeyGradientParams& params, const Window& window, int x0,
-                                         Grads& grads, TapGradient<T, kTaps>& taps) {
-  const WindowGrid& grid = params.grid;
-  const Lane& lane = block.lane;
-  const int x = x0 + lane.g, column = window.column(grid, min(x, grid.window_w - 1));
-  const char* value = static_cast<const char*>(params.value.data) + window.image * params.value.image +
-                      block.first_channel() * 2;
-  const uint32_t value_row = block.block_row(lane.index / 8, 0);
-  for (int y = 0; y < grid.window_h; y += kStepRows) {
-    unrolled<4>([&](auto r) {
-      const bool inside = x < grid.window_w && y + r < grid.window_h;
-      const int64_t token = window.row(grid, min(y + r, grid.window_h - 1)) + column;
-      copy_async(block.tile + r * 512, value + token * params.value.token, inside ? 16 : 0);
-    });
-    copy_async_commit();
-    PixelRows<kTaps> pixels;
-    grads.point(y, pixels);
-    copy_async_wait<0>();
-    __syncwarp();
-    taps.add_slice(pixels, value_row, lane);
-    __syncwarp();
-  }
-}
 
 /// grad_out of the window, whole.
 struct ResidentGrads {
@@ -91,88 +63,142 @@ struct ResidentGrads {
   }
 };
 
-template <typename T, int kHeadDim, int kTaps, int kMode>
-__global__ void __launch_bounds__(kBackwardThreads)
-    backward_window(const __grid_constant__ WindowGradientParams params) {
-#if __CUDA_ARCH__ >= 800
-  using Traits = WindowGradientTraits<kHeadDim, kTaps>;
-  extern __shared__ __align__(128) unsigned char shared[];
-  const KeyGradientParams& keys = params.key;
-  const int channels = keys.channels, groups = keys.patches;
-  unsigned char* tap_table = shared;
-  const BackwardBlock<kHeadDim, Traits::kStages> block(
-      shared + Traits::Rows::taps_bytes(channels, keys.per_channel), channels, groups);
-  const Lane& lane = block.lane;
-  const Window window(keys.grid, blockIdx.x), query_window(params.query.grid, blockIdx.x);
-  ResidentGrads grads(keys.grid, lane, shared_address(block.rest), Traits::Rows::pixel_bytes(channels),
-                      block.slice);
-  if constexpr (kTaps > 0) grads.load(keys.grad_out, window, block.slice, block.group, groups);
+/// The parts of the kernel, one after the other. Each makes a block and a window of its own: what it knows of
+/// them takes no registers in another.
+template <typename T, int kHeadDim, int kTaps, int kMode, bool kOneGroup>
+class WindowGradient {
+ public:
+  __device__ __forceinline__ WindowGradient(const WindowGradientParams& params, unsigned char* shared)
+      : params_(params), keys_(params.key), shared_(shared) {}
 
-  load_inverse_scale<T>(block.inverse_scale, params.query.focus, channels);
-  const float* state = params.query.state + static_cast<int64_t>(blockIdx.x) * channels * (kHeadDim + 1);
-  for (int c = threadIdx.x; c < channels; c += blockDim.x) block.mean[c] = state[channels * kHeadDim + c];
-  const int tap_rows = Traits::Rows::tap_rows(channels, keys.per_channel);
-  const int kernels = keys.per_channel ? channels : kHeadDim;
-  if constexpr (kTaps > 0) {
-    TapTable<kTaps>::template load<T, true>(tap_table, keys.weight, Floats{nullptr, false}, tap_rows,
-                                            kernels);
+  /// Brings what all parts need to shared memory. grad_out may still be on its way.
+  __device__ __forceinline__ void load() const {
+    const Block block = this->block();
+    if constexpr (kTaps > 0) {
+      grads(block).load(keys_.grad_out, window(keys_.grid), block.slice, block.group, groups());
+      TapTable<kTaps>::template load<T, true>(shared_, keys_.weight, Floats{nullptr, false}, tap_rows(),
+                                              kernels());
+    }
+    load_inverse_scale<T>(block.inverse_scale, params_.query.focus, channels());
+    const int64_t state_size = static_cast<int64_t>(channels()) * (kHeadDim + 1);
+    load_state<T, true>(block, params_.query.state + blockIdx.x * state_size);
   }
-  const LaneTaps<kTaps> lane_taps(tap_table, tap_rows, block.slice * kSliceChannels % tap_rows, lane);
-  if (block.group == 0) {
-    StateGradient<T, kHeadDim> s;
-    s.load_matrix(state, block.slice, lane);
-    s.template pack<true>(block);
-  }
-  __syncthreads();
-  if (block.group == 0) block.template pack_mean<T, true>();
-  __syncthreads();
 
-  SliceGroup group(block.exchange, block.group, groups, block.slice, block.slices);
-  float scale_sum[8] = {};
-  {
+  /// dq. Leaves dS and dm where S and m were.
+  __device__ __forceinline__ void queries(float (&scale_sum)[8]) const {
+    const Block block = this->block();
+    SliceGroup group = this->group(block);
     StateGradient<T, kHeadDim> sum;
-    query_pass<T, kHeadDim, kMode>(block, group, params.query, query_window, 0, params.query.queries, sum,
-                                   scale_sum);
+    query_pass<T, kHeadDim, kMode>(block, group, params_.query, window(params_.query.grid), 0,
+                                   params_.query.queries, sum, scale_sum);
     float4* staging =
         reinterpret_cast<float4*>(block.tiles + block.slice * StateGradient<T, kHeadDim>::kBytes);
-    for (int other = 1; other < groups; ++other) {
+    for (int other = 1; other < groups(); ++other) {
       __syncthreads();
-      if (block.group == other) sum.send(staging, lane.index);
+      if (block.group == other) sum.send(staging, block.lane.index);
       __syncthreads();
-      if (block.group == 0) sum.receive(staging, lane.index);
+      if (block.group == 0) sum.receive(staging, block.lane.index);
     }
     __syncthreads();
     if (block.group == 0) {
-      sum.scale(params.query.inverse_keys);
-      sum.template pack<false>(block);
-      sum.store_mean(block.mean, block.slice, lane);
+      sum.scale(params_.query.inverse_keys);
+      sum.pack(block);
+      sum.store_mean(block.mean, block.slice, block.lane);
     }
+    __syncthreads();
+    if (block.group == 0) block.template pack_mean<T, false>();
+    __syncthreads();
   }
-  __syncthreads();
-  if (block.group == 0) block.template pack_mean<T, false>();
-  __syncthreads();
 
-  TapGradient<T, kTaps> taps;
-  const int width = keys.grid.window_w, stride = groups * kPatchColumns;
-  for (int x0 = block.group * kPatchColumns; x0 < width; x0 += stride) {
-    grads.left = x0 - kTaps / 2;
-    key_pass<T, kHeadDim, kTaps, kMode, false>(block, group, keys, window, x0, 0, keys.grid.window_h, grads,
-                                               lane_taps, taps, scale_sum);
-    group.barrier();
-  }
-  if (keys.scale_partials) {
-    store_scale(keys.scale_partials + static_cast<int64_t>(blockIdx.x) * channels, block.scale_sums,
-                block.inverse_scale, scale_sum, block.slice * kSliceChannels, block.group, groups, lane);
-  }
-  if constexpr (kTaps > 0) {
-    if (!keys.tap_partials) return;
-    for (int x0 = block.group * kPatchColumns; x0 < width; x0 += stride) {
-      grads.left = x0 - kTaps / 2;
-      tap_pass<T, kHeadDim, kTaps>(block, keys, window, x0, grads, taps);
+  /// dk, dv, and the partial gradient of scale.
+  __device__ __forceinline__ void keys(float (&scale_sum)[8]) const {
+    const Block block = this->block();
+    SliceGroup group = this->group(block);
+    const LaneTaps<kTaps> lane_taps(shared_, tap_rows(), block.slice * kSliceChannels % tap_rows(),
+                                    block.lane);
+    TapGradient<T, 0> none;
+    for_each_patch(block, [&](const Window& window, int x0, ResidentGrads& grads) {
+      key_pass<T, kHeadDim, kTaps, kMode, false>(block, group, keys_, window, x0, 0, keys_.grid.window_h,
+                                                 grads, lane_taps, none, scale_sum);
+      group.barrier();
+    });
+    if (keys_.scale_partials) {
+      store_scale(keys_.scale_partials + static_cast<int64_t>(blockIdx.x) * channels(), block.scale_sums,
+                  block.inverse_scale, scale_sum, block.slice * kSliceChannels, block.group, groups(),
+                  block.lane);
     }
-    taps.store(keys.tap_partials + static_cast<int64_t>(blockIdx.x) * TapGradient<T, kTaps>::kSums * kernels,
-               reinterpret_cast<float*>(block.tiles), block.slices, groups, kernels, lane);
   }
+
+  /// The partial gradients of the taps.
+  __device__ __forceinline__ void taps() const {
+    if (!keys_.tap_partials) return;
+    const Block block = this->block();
+    TapGradient<T, kTaps> sums;
+    for_each_patch(block, [&](const Window& window, int x0, ResidentGrads& grads) {
+      tap_pass<T>(block, keys_, window, x0, 0, keys_.grid.window_h, grads, sums);
+    });
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * TapGradient<T, kTaps>::kSums;
+    sums.store(keys_.tap_partials + row * kernels(), reinterpret_cast<float*>(block.tiles), block.slices,
+               groups(), kernels(), block.lane);
+  }
+
+ private:
+  __device__ __forceinline__ int channels() const { return keys_.channels; }
+  __device__ __forceinline__ int groups() const { return kOneGroup ? 1 : keys_.patches; }  // of warps
+
+  using Traits = WindowGradientTraits<kHeadDim, kTaps>;
+  using Block = BackwardBlock<kHeadDim, Traits::kStages>;
+
+  __device__ __forceinline__ int tap_rows() const {
+    return Traits::Rows::tap_rows(channels(), keys_.per_channel);
+  }
+  __device__ __forceinline__ int kernels() const { return keys_.per_channel ? channels() : kHeadDim; }
+
+  __device__ __forceinline__ Block block() const {
+    return Block(shared_ + Traits::Rows::taps_bytes(channels(), keys_.per_channel), channels(), groups());
+  }
+  __device__ __forceinline__ SliceGroup group(const Block& block) const {
+    return SliceGroup(block.exchange, block.group, groups(), block.slice, block.slices);
+  }
+  static __device__ __forceinline__ Window window(const WindowGrid& grid) {
+    int index = blockIdx.x;
+    keep(index);
+    return Window(grid, index);
+  }
+  __device__ __forceinline__ ResidentGrads grads(const Block& block) const {
+    return ResidentGrads(keys_.grid, block.lane, shared_address(block.rest),
+                         Traits::Rows::pixel_bytes(channels()), block.slice);
+  }
+
+  /// pass(window, x0, grads) for the patches that the warp's group has.
+  template <typename Pass>
+  __device__ __forceinline__ void for_each_patch(const Block& block, Pass pass) const {
+    const Window window = this->window(keys_.grid);
+    ResidentGrads grads = this->grads(block);
+    for (int x0 = block.group * kPatchColumns; x0 < keys_.grid.window_w; x0 += groups() * kPatchColumns) {
+      grads.left = x0 - kTaps / 2;
+      pass(window, x0, grads);
+    }
+  }
+
+  const WindowGradientParams& params_;
+  const KeyGradientParams& keys_;
+  unsigned char* shared_;
+};
+
+/// kThreads: of a block, at most.
+template <typename T, int kHeadDim, int kTaps, int kMode, int kThreads>
+__global__ void __launch_bounds__(kThreads)
+    backward_window(const __grid_constant__ WindowGradientParams params) {
+#if __CUDA_ARCH__ >= 800
+  extern __shared__ __align__(128) unsigned char shared[];
+  constexpr bool kOneGroup = kThreads > kBackwardThreads;  // of so many channels
+  const WindowGradient<T, kHeadDim, kTaps, kMode, kOneGroup> gradient(params, shared);
+  float scale_sum[8] = {};
+  gradient.load();
+  gradient.queries(scale_sum);
+  gradient.keys(scale_sum);
+  if constexpr (kTaps > 0) gradient.taps();
 #endif
 }
 

@@ -7,7 +7,7 @@
 
 namespace flatten::cuda::tensorcore {
 
-template <typename T, int kHeadDim, int kMode>
+template <typename T, int kHeadDim, int kMode, int kThreads = kBackwardThreads>
 struct BackwardWindow {
   static int shared_bytes(int taps, int channels, int groups, bool per_channel, int keys) {
     switch (taps) {
@@ -27,14 +27,14 @@ struct BackwardWindow {
         shared_bytes(taps, p.channels, p.patches, p.per_channel, p.grid.window_h * p.grid.window_w);
     switch (taps) {
       case 3:
-        return launch_tensorcore(backward_window<T, kHeadDim, 3, kMode>, windows, threads, shared, params,
-                                 stream);
+        return launch_tensorcore(backward_window<T, kHeadDim, 3, kMode, kThreads>, windows, threads, shared,
+                                 params, stream);
       case 5:
-        return launch_tensorcore(backward_window<T, kHeadDim, 5, kMode>, windows, threads, shared, params,
-                                 stream);
+        return launch_tensorcore(backward_window<T, kHeadDim, 5, kMode, kThreads>, windows, threads, shared,
+                                 params, stream);
       default:
-        return launch_tensorcore(backward_window<T, kHeadDim, 0, kMode>, windows, threads, shared, params,
-                                 stream);
+        return launch_tensorcore(backward_window<T, kHeadDim, 0, kMode, kThreads>, windows, threads, shared,
+                                 params, stream);
     }
   }
 

@@ -127,7 +127,7 @@ class FeatureMap {
         focus_.rescue(tile, NoBias{}, pack, [&](const Powers&, const Norms& n) { finish(n); });
       }
     } else {
-      focus_(tile, pack, finish);
+      finish(focus_.pack(tile, pack));
     }
     if constexpr (kHalf) {
 #pragma unroll
@@ -160,21 +160,25 @@ class FeatureMap {
         }
       }
     };
-    if (kByTensorCores && !bias.bias.data) {
-      if constexpr (kByTensorCores) {
-        Powers y;
-        const float2 norms =
-            focus_.exchange(cube(tile, [&](int s, int r, int w, float low, float high, uint32_t) {
-              y[s][r][2 * w] = low, y[s][r][2 * w + 1] = high;
-            }));
-        if (focus_.safe(norms)) {
-          use(y, Norms{norms.x, norms.y});
-        } else {
-          focus_.rescue(tile, NoBias{}, [](const Powers&) {}, use);
-        }
-      }
+    Powers y;
+    float2 norms;
+    const auto take = [&](const Powers& powers) {
+#pragma unroll
+      for (int i = 0; i < 32; ++i) y[0][i / 8][i % 8] = powers[0][i / 8][i % 8];
+    };
+    if (bias.bias.data) {
+      norms = focus_.exchange_powers(tile, bias, take);
+    } else if constexpr (kByTensorCores) {
+      norms = focus_.exchange(cube(tile, [&](int s, int r, int w, float low, float high, uint32_t) {
+        y[s][r][2 * w] = low, y[s][r][2 * w + 1] = high;
+      }));
     } else {
-      focus_(tile, bias, use);
+      norms = focus_.exchange_powers(tile, NoBias{}, take);
+    }
+    if (focus_.safe(norms)) {
+      use(y, Norms{norms.x, norms.y});
+    } else {
+      focus_.rescue(tile, bias, [](const Powers&) {}, use);
     }
     return change;
   }

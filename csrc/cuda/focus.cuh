@@ -56,6 +56,7 @@ struct LaneBias {
   int step = 8;           // from one of the lane's tokens to the next
   template <typename T>
   __device__ __forceinline__ void add(float (&x)[8], int slice, int r) const {
+    if (!bias.data) return;
     const int64_t row = min(token + step * r, last);
     const int64_t at = row * channels + channel + slice * kSliceChannels;
     float addend[8];
@@ -118,8 +119,15 @@ __device__ __forceinline__ float phi_factor(const Norms& n) {
   return n.prescale == 1.0f ? ratio : __fdividef(ratio, n.prescale);
 }
 
+/// For `raise`: 1 to 4, as p says, by selections.
+constexpr int kWholePower = -3;
+
 template <int kPower>
 __device__ __forceinline__ float raise(float y, float p) {
+  if constexpr (kPower == kWholePower) {
+    const float yy = y * y;
+    return p > 2.0f ? yy * (p > 3.0f ? yy : y) : p > 1.0f ? yy : y;
+  }
   if constexpr (kPower == 1) return y;
   if constexpr (kPower == 2) return y * y;
   if constexpr (kPower == 3) return y * y * y;
@@ -222,29 +230,35 @@ class Focus {
   __device__ Focus(const FocusParams& params, const float* inverse_scale, SliceGroup& group, const Lane& lane)
       : params_(params), inverse_scale_(inverse_scale), group_(group), lane_(lane) {}
 
-  /// tile: shared address of the lane's first vector. use(powers, norms) runs once: in one of several places,
-  /// so that what it makes of the powers, and not the powers, has to meet again in the same registers.
-  template <typename Use>
-  __device__ __forceinline__ void operator()(uint32_t tile, const LaneBias& bias, Use use) const {
-    if (bias.bias.data) return run(tile, bias, [](const Powers&) {}, use);
-    run(tile, NoBias{}, [](const Powers&) {}, use);
+  /// The norms, in range. pack(powers), before the warps exchange their norms, may run twice, and counts the
+  /// second time. tile: shared address of the lane's first vector.
+  template <typename Pack>
+  __device__ __forceinline__ Norms pack(uint32_t tile, const LaneBias& bias, Pack pack) const {
+    const float2 norms =
+        bias.bias.data ? exchange_powers(tile, bias, pack) : exchange_powers(tile, NoBias{}, pack);
+    return finish(norms, tile, bias, pack);
   }
-  template <typename Use>
-  __device__ __forceinline__ void operator()(uint32_t tile, Use use) const {
-    run(tile, NoBias{}, [](const Powers&) {}, use);
+  template <typename Pack>
+  __device__ __forceinline__ Norms pack(uint32_t tile, Pack pack) const {
+    return finish(exchange_powers(tile, NoBias{}, pack), tile, NoBias{}, pack);
   }
-  /// The same in two parts: pack(powers), which may run twice and then counts the second time, before the
-  /// warps exchange their norms; and finish(norms).
-  template <typename Pack, typename Finish>
-  __device__ __forceinline__ void operator()(uint32_t tile, Pack pack, Finish finish) const {
-    run(tile, NoBias{}, pack, [&](const Powers&, const Norms& norms) { finish(norms); });
-  }
-  template <typename Pack, typename Finish>
-  __device__ __forceinline__ void operator()(uint32_t tile, const LaneBias& bias, Pack pack,
-                                             Finish finish) const {
-    const auto use = [&](const Powers&, const Norms& norms) { finish(norms); };
-    if (bias.bias.data) return run(tile, bias, pack, use);
-    run(tile, NoBias{}, pack, use);
+
+  /// Hands the powers to `pack` and returns the norms, which may be out of range.
+  template <typename Bias, typename Pack>
+  __device__ __forceinline__ float2 exchange_powers(uint32_t tile, const Bias& bias, Pack pack) const {
+    const bool mapped = kMode != kRuntimeMode || params_.mode != kNoMapping;
+    Powers y;
+    float2 norms = {1.0f, 1.0f};
+    if (mapped) {
+      load(y, tile, bias);
+      norms = raise_by_mode(y);
+    } else {
+      load(y, tile);
+    }
+    pack(y);
+    if (mapped) return exchange(norms);
+    group_.barrier();
+    return norms;
   }
 
   /// The warps' norms of the lane's own token, summed.
@@ -264,6 +278,7 @@ class Focus {
     Powers y;
     load(y, tile, bias);
     const float largest = group_.exchange({largest_y(y), 0.0f}, lane_.index, larger).x;
+    load(y, tile, bias);  // again: not to hold it meanwhile
     const float own = largest > 0.0f ? 1.0f / largest : 1.0f;
     float prescale[4];
     quad_gather(prescale, own);
@@ -274,43 +289,32 @@ class Focus {
   }
 
  private:
-  template <typename Bias, typename Pack, typename Use>
-  __device__ __forceinline__ void run(uint32_t tile, const Bias& bias, Pack pack, Use use) const {
-    const float ones[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-    Powers y;
-    float2 norms;
-    if constexpr (kMode == kRuntimeMode) {
-      if (params_.mode == kNoMapping) {
-        load(y, tile);
-        pack(y);
-        group_.barrier();
-        return use(y, Norms{1.0f, 1.0f});
-      }
-      load(y, tile, bias);
+  template <typename Bias, typename Pack>
+  __device__ __forceinline__ Norms finish(float2 norms, uint32_t tile, const Bias& bias, Pack pack) const {
+    Norms finished{norms.x, norms.y};
+    if (!safe(norms)) rescue(tile, bias, pack, [&](const Powers&, const Norms& found) { finished = found; });
+    return finished;
+  }
+
+  __device__ __forceinline__ float2 raise_by_mode(Powers& y) const {
+    if constexpr (kMode != kRuntimeMode) {
+      return raise_all<kMode>(y);
+    } else if constexpr (kSlices > 2) {  // so much code that it had better be shared
+      return params_.mode == kAnyPower ? raise_all<kAnyPower>(y) : raise_all<kWholePower>(y);
+    } else {
       switch (params_.mode) {
         case 1:
-          norms = raise_all<1>(y, ones);
-          break;
+          return raise_all<1>(y);
         case 2:
-          norms = raise_all<2>(y, ones);
-          break;
+          return raise_all<2>(y);
         case 3:
-          norms = raise_all<3>(y, ones);
-          break;
+          return raise_all<3>(y);
         case 4:
-          norms = raise_all<4>(y, ones);
-          break;
+          return raise_all<4>(y);
         default:
-          norms = raise_all<kAnyPower>(y, ones);
+          return raise_all<kAnyPower>(y);
       }
-    } else {
-      load(y, tile, bias);
-      norms = raise_all<kMode>(y, ones);
     }
-    pack(y);
-    norms = exchange(norms);
-    if (safe(norms)) return use(y, Norms{norms.x, norms.y});
-    rescue(tile, bias, pack, use);
   }
 
   /// unpack(y[s][r], vector) for all of the tile's vectors.
@@ -351,7 +355,8 @@ class Focus {
   /// relu(x) to ((relu(x) + eps) / scale * prescale)^p; returns the sums of its square, before the power and
   /// after, for the lane's own token over the warp's channels.
   template <int kPower>
-  __device__ __forceinline__ float2 raise_all(Powers& y, const float (&prescale)[4]) const {
+  __device__ __forceinline__ float2 raise_all(Powers& y,
+                                              const float (&prescale)[4] = {1.0f, 1.0f, 1.0f, 1.0f}) const {
     float linear[4] = {}, power[4] = {};
 #pragma unroll
     for (int s = 0; s < kSlices; ++s) {

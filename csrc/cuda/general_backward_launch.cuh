@@ -1,4 +1,5 @@
-// Launches of the general backward for one dtype; each general_backward_*.cu instantiates one.
+// Launches of the general backward for one dtype, but for its last kernel; general_backward_*.cu instantiate
+// one.
 #pragma once
 
 #include "general_backward.cuh"
@@ -27,11 +28,7 @@ cudaError_t launch_backward(const BackwardCall& call, cudaStream_t stream) {
   if (error != cudaSuccess || !(params.grad_key.data || params.grad_value.data || call.scale_partials)) {
     return error;
   }
-  return with_taps<T>(params.taps, [&](auto taps) {
-    constexpr int K = decltype(taps)::value;
-    return launch_kernel(gradient_of_key<T, K>, call, pairs * call.keys.groups * call.keys.chunks,
-                         Shared::template key<K>(plan, call.keys.tiling) * sizeof(A), stream);
-  });
+  return launch_key_gradient<T>(call, stream);
 }
 
 }  // namespace flatten::cuda::general

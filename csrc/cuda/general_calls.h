@@ -71,6 +71,8 @@ cudaError_t launch_small(const ForwardCall& call, cudaStream_t stream);
 template <class T>
 cudaError_t launch_backward(const BackwardCall& call, cudaStream_t stream);
 template <class T>
+cudaError_t launch_key_gradient(const BackwardCall& call, cudaStream_t stream);
+template <class T>
 cudaError_t launch_conv(const ConvCall& call, cudaStream_t stream);
 template <class T>
 cudaError_t launch_taps(const TapsCall& call, cudaStream_t stream);

@@ -10,16 +10,20 @@
 
 namespace flatten::cuda {
 
-template <class A>
+template <class T>
 struct Power {
+  using A = Acc<T>;
   int whole;  // p if it is 1, 2, 3 or 4, else 0
   A p;
 
+  /// z^exponent, of z from 0 to 1.
   __device__ __forceinline__ A general(A z, A exponent) const {
-    if constexpr (std::is_same_v<A, double>) {
+    if constexpr (std::is_same_v<T, double>) {
       return pow(z, exponent);
-    } else {
+    } else if constexpr (std::is_same_v<T, float>) {
       return powf(z, exponent);
+    } else {
+      return __powf(z, exponent);
     }
   }
 
@@ -53,7 +57,7 @@ struct Focus {
   using A = Acc<T>;
 
   Mapping mapping;
-  Power<A> power;
+  Power<T> power;
   A eps;
   const A* inverse_scale;  // shared memory, staged_scale(channels) elements
   int channels;

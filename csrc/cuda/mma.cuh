@@ -131,6 +131,14 @@ __device__ __forceinline__ void keep(V& value) {
   }
 }
 
+/// address ^ bits, made where the program says so: the compiler would make all such addresses ahead of a
+/// loop, and keep registers for them.
+__device__ __forceinline__ uint32_t flip(uint32_t address, int bits) {
+  uint32_t flipped;
+  asm volatile("xor.b32 %0, %1, %2;" : "=r"(flipped) : "r"(address), "r"(bits));
+  return flipped;
+}
+
 template <int kValue>
 struct Constant {
   __host__ __device__ constexpr operator int() const { return kValue; }

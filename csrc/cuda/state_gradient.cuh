@@ -130,35 +130,37 @@ struct StateGradient {
     }
   }
 
-  /// The matrix and its transpose as B fragments of the head's slices. Rows of either are in tile order (word
-  /// w of lane t: 8t + 2w and 8t + 2w + 1); so are the columns of the transpose, and kTileOrder: of the
-  /// matrix.
-  template <bool kTileOrder, int kStages>
+  /// The slice's rows of the matrix, rounded, where the products of BackwardBlock read them.
+  template <int kStages>
   __device__ __forceinline__ void pack(const BackwardBlock<kHeadDim, kStages>& block) const {
     using Layout = BackwardLayout<kHeadDim, kStages>;
-    const Lane& lane = block.lane;
-    unsigned char* own = block.fragments + block.slice * Layout::kFragmentBytes;
-    unsigned char* head = own - block.partner * Layout::kFragmentBytes;
-    const auto vector = [&](int n, int t) { return (4 * n + (t ^ n / 2)) * 16 + 4 * lane.t; };
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int k = 2 * i + h;  // lane of the fragments that holds these rows
-#pragma unroll
-        for (int b = 0; b < kBlocks; ++b) {
-          const uint32_t word =
-              kHeads == 2 && b / 2 != i ? 0u : Pair<T>::pack(s[b][i][2 * h], s[b][i][2 * h + 1]);
-          const int n = kTileOrder ? lane.g / 2 : b % 4;
-          *reinterpret_cast<uint32_t*>(
-              head + b / 4 * Layout::kFragmentBytes + (n * kPartners + block.partner) * 512 +
-              vector(kTileOrder ? 2 * (b % 4) + lane.g % 2 : lane.g, k)) = transpose8x8(word);
-          *reinterpret_cast<uint32_t*>(own + (Layout::kTransposed + lane.g / 2 * kPartners + b / 4) * 512 +
-                                       vector(2 * k + lane.g % 2, b % 4)) = word;
-        }
-      }
-    }
+    unrolled<kBlocks>([&](auto b) {
+      unrolled<4>([&](auto rows) {
+        constexpr int i = rows / 2, h = rows % 2;
+        const uint32_t to = block.word(block.slice_state(), b % 4 ^ rows);
+        const bool used = kHeads == 1 || b / 2 == i;
+        store_shared<b / 4 * Layout::kMatrix + rows * 512>(
+            to, used ? Pair<T>::pack(s[b][i][2 * h], s[b][i][2 * h + 1]) : 0u);
+      });
+    });
   }
 };
+
+/// S and m, or their gradients, of one window from memory to where the block's products read them. All
+/// threads call it; it synchronises before and after. kSplit: as pack_mean.
+template <typename T, bool kSplit, int kHeadDim, int kStages>
+__device__ __forceinline__ void load_state(const BackwardBlock<kHeadDim, kStages>& block,
+                                           const float* state) {
+  const float* mean = state + block.channels * kHeadDim;
+  for (int c = threadIdx.x; c < block.channels; c += blockDim.x) block.mean[c] = mean[c];
+  if (block.group == 0) {
+    StateGradient<T, kHeadDim> s;
+    s.load_matrix(state, block.slice, block.lane);
+    s.pack(block);
+  }
+  __syncthreads();
+  if (block.group == 0) block.template pack_mean<T, kSplit>();
+  __syncthreads();
+}
 
 }  // namespace flatten::cuda::tensorcore

@@ -19,8 +19,9 @@ cudaError_t launch_state(const AttentionInputs& params, float* state, const Devi
                          cudaStream_t stream);
 
 /// Focused attention in bf16 with head dimension 16, 32 or 64, where the gradients of q, k and v are all
-/// asked for; otherwise as forward, but up to 256 channels only where windows are large. The gradients of 7 x
-/// 7 taps and the sums of the partial gradients of parameters are the general implementation's.
+/// asked for; otherwise as forward, but up to 256 channels only (384 in heads of 32 where windows are small),
+/// and no 7 x 7 taps at head dimension 64. The gradients of 7 x 7 taps and the sums of the partial gradients
+/// of parameters are the general implementation's.
 bool takes(const AttentionBackward& params, const Device& device);
 
 /// Rows of partial results.

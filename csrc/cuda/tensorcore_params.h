@@ -19,9 +19,11 @@ constexpr int kMaxPatches = 2;      // and patches side by side in a block
 constexpr int max_threads(int head_dim, int taps = 0) { return head_dim <= 32 && taps <= 5 ? 384 : 256; }
 
 constexpr int kBackwardThreads = 256;
-/// Whether they sum the gradients of the taps too: the 50 sums of 7 x 7 would not fit in a lane's registers,
-/// the 26 of 5 x 5 not beside a head of 64.
-constexpr bool sums_taps(int head_dim, int taps) { return taps == 3 || (taps == 5 && head_dim <= 32); }
+/// Whether they sum the gradients of the taps too: the 50 sums of 7 x 7 would not fit in a lane's registers.
+constexpr bool sums_taps(int taps) { return taps == 3 || taps == 5; }
+/// Of the one launch with more channels than that, in heads of 32: a few numbers that a step needs once are
+/// spilled.
+constexpr int kWideThreads = 384;
 
 /// Where the tokens of a window lie in memory (params.h, Geometry).
 struct WindowGrid {
@@ -144,7 +146,7 @@ struct WindowGradientKernels {
   int (*shared_bytes)(int taps, int channels, int groups, bool per_channel, int keys);
   cudaError_t (*launch)(const WindowGradientParams& params, int taps, int windows, cudaStream_t stream);
 };
-template <Dtype kDtype, int kHeadDim, int kMode>
+template <Dtype kDtype, int kHeadDim, int kMode, int kThreads = kBackwardThreads>
 const WindowGradientKernels& window_gradient_kernels();
 
 /// `state` (windows, size) = the sum of `partial` (windows, chunks, size) over chunks, in their order.

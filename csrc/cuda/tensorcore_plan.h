@@ -74,21 +74,34 @@ inline bool suits(const AttentionInputs& p, const Device& device) {
   return aligned(p.mapping.key_bias.data);
 }
 
-/// Chunks of a window's tokens for `groups` groups of warps: the fewest that fill the machine, since every
-/// one of them costs a partial state.
+/// Into how many blocks to cut each of `pieces` equal pieces of work, `steps` steps long: the fewest of those
+/// that are done first, where a multiprocessor works on one block at a time.
+inline int blocks_of(int steps, int pieces, const Device& device) {
+  const int most = std::min(ceil_div(device.multiprocessors, pieces), steps);
+  int best = 1;
+  std::int64_t least = kMany;
+  for (int blocks = 1; blocks <= most; ++blocks) {
+    const std::int64_t waves = ceil_div(std::int64_t{pieces} * blocks, device.multiprocessors);
+    const std::int64_t time = waves * ceil_div(steps, blocks);
+    if (time < least) least = time, best = blocks;
+  }
+  return best;
+}
+
+/// Chunks of a window's tokens for `groups` groups of warps: few, since every one costs a partial state.
 struct Chunks {
   int groups, chunk, chunks;
   Chunks(int tokens, int windows, int max_groups, const Device& device) {
     groups = std::min(std::max(1, max_groups), ceil_div(tokens, kTileTokens));
     const int step = groups * kTileTokens;
-    const int wanted = std::min(ceil_div(device.multiprocessors, windows), ceil_div(tokens, step));
-    chunk = ceil_div(ceil_div(tokens, wanted), step) * step;
+    const int steps = ceil_div(tokens, step);
+    chunk = ceil_div(steps, blocks_of(steps, windows, device)) * step;
     chunks = ceil_div(tokens, chunk);
   }
 };
 
-/// Strips of a window, as wide as `fits(patches)` allows, and runs of rows: again the fewest that fill the
-/// machine, since every run reads a state and a halo.
+/// Strips of a window, as wide as `fits(patches)` allows, and runs of rows: few, since every one reads a
+/// state and a halo.
 struct Strips {
   int patches, strips, rows, runs;
   template <typename Fits>
@@ -96,9 +109,8 @@ struct Strips {
     patches = grid.window_w <= kPatchColumns ? 1 : kMaxPatches;
     while (patches > 1 && !fits(patches)) --patches;
     strips = ceil_div(grid.window_w, patches * kPatchColumns);
-    const int wanted =
-        std::min(ceil_div(device.multiprocessors, strips * windows), ceil_div(grid.window_h, kStepRows));
-    rows = ceil_div(ceil_div(grid.window_h, wanted), kStepRows) * kStepRows;
+    const int steps = ceil_div(grid.window_h, kStepRows);
+    rows = ceil_div(steps, blocks_of(steps, strips * windows, device)) * kStepRows;
     runs = ceil_div(grid.window_h, rows);
   }
 };

@@ -69,6 +69,11 @@ HALF = [
     # Small windows in one launch.
     half(on_map(14, 14, heads=2, batch=32, kernel=(5, 5))),
     half(on_map(14, 14, heads=1, head_dim=64, batch=32, kernel=(5, 5), tap_size=0.0)),
+    half(on_map(14, 14, heads=3, head_dim=64, batch=32, kernel=(5, 5))),
+    half(
+        on_map(14, 7, heads=12, batch=1, window=(7, 7), shift=(3, 0), kernel=(5, 5), per_channel=True, p=2.5)
+    ),
+    half(on_map(14, 7, heads=12, batch=1, window=(7, 7), kernel=(3, 3), key_bias=True)),
     half(on_map(9, 20, window=(9, 10), shift=(4, 3), heads=3, batch=1, kernel=(5, 5), per_channel=True)),
     half(Case(queries=49, keys=60, heads=12, batch=3)),
     half(on_map(8, 8, batch=1, head_dim=64, kernel=(5, 5), tap_size=0.0)),
