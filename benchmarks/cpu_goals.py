@@ -7,7 +7,8 @@
 
 What is compared takes turns in one process and is compared by medians; torch.mm(2048), the yardstick of
 arithmetic, takes its turn too. An untimed call before each timed one brings back into the caches what the
-others drove out, as the layer before would leave it. The record (--output) can be read by compare.py.
+others drove out, as the layer before would leave it. The record (--output) can be read by compare.py; the
+table lies beside it, in Markdown.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from flatten_ext.bench.check import CheckFailed, check_focused, relative_error
 from flatten_ext.bench.formulas import Inputs, eager_attention, make_inputs
 from flatten_ext.bench.shapes import QUICK_STAGES, STAGES, Shape, token_ladder
 from flatten_ext.bench.stages import MODES, Measurement, modes_of
-from flatten_ext.output import write_json
+from flatten_ext.output import write_json, write_text
 
 CPU = torch.device("cpu")
 FORWARD, TRAINING = MODES
@@ -434,15 +435,16 @@ def main(arguments: list[str] | None = None) -> int:
         raise SystemExit(f"cpu_goals: {error}") from error
     with timing.threads(1):
         rate = timing.mm_rate(CPU, plan.mm_size)
-    if options.output:
-        record = stages.record(found, {1: rate}, CPU, clock)
-        record["goals"] = [asdict(goal) | {"met": goal.met} for goal in goals]
-        write_json(options.output, record)
     table = tables.Table("Goals of the CPU kernels", ["goal", "figure", "target", "", "note"])
     table.rows = [goal.row() for goal in goals]
     met, known = sum(goal.met is True for goal in goals), sum(goal.met is not None for goal in goals)
     table.note = f"{met} of {known} met; torch.mm({plan.mm_size}) reached {rate:.0f} GFLOP/s on one thread"
     console.print(table.rich())
+    if options.output:
+        record = stages.record(found, {1: rate}, CPU, clock)
+        record["goals"] = [asdict(goal) | {"met": goal.met} for goal in goals]
+        write_json(options.output, record)
+        write_text(options.output.with_suffix(".md"), table.markdown())
     return 0
 
 

@@ -347,7 +347,7 @@ def test_the_eager_models_are_the_models(monkeypatch, model, options):
     for name, parameter in ours.named_parameters():
         if name.endswith((".scale", ".positional_encoding")):
             torch.nn.init.normal_(parameter, std=0.5)
-    eager = benchmark.with_eager_formula(ours)
+    eager = benchmark.attending(ours, benchmark.eager_attend)
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(eager(x), ours(x), rtol=1e-4, atol=1e-5)

@@ -28,8 +28,8 @@ REPRESENTATIVE = re.compile(
 )
 FAST = re.compile(r"flatten::cuda::tensorcore::")
 TENSOR = re.compile(r"tensorcore::(forward|backward)_")
-# The backward pass of windows of up to 384 channels in one block: 168 registers of the 176 it would take. A step has
-# 5,600 instructions; what it spills adds less than a hundredth.
+# The backward pass of windows of up to 384 channels in one block: 168 registers of the 176 it would take. A
+# step has 5,600 instructions; what it spills adds less than a hundredth.
 WIDE = re.compile(r"tensorcore::backward_window<\w+, 32, \d, -?\d, 384>")
 WIDE_SPILLS = 320  # bytes, stores and loads
 

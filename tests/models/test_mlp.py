@@ -10,6 +10,7 @@ import torch
 from families import SMALL, small
 from timm.layers import Mlp
 from timm.models.pvt_v2 import MlpWithDepthwiseConv
+from torch._dynamo.testing import EagerAndRecordGraphs
 
 from flatten_ext.bench.timing import peak_memory
 from flatten_ext.models import _mlp
@@ -67,6 +68,30 @@ def test_tiles_bound_the_hidden_activations(conv: bool) -> None:
     tile = _mlp._IMAGES_TILE if conv else _mlp._TOKENS_TILE * threads
     assert peak(made) <= 4 * tile + 3 * x.nbytes
     torch.testing.assert_close(made(x, *size), plain(x, *size))
+
+
+@pytest.mark.parametrize("conv", [False, True])
+def test_a_compiler_is_given_parts_of_known_sizes(conv: bool, monkeypatch) -> None:
+    made = MlpWithDepthwiseConv(16, 64) if conv else Mlp(16, 64)
+    plain = copy.deepcopy(made)
+    _mlp.tile_mlps(torch.nn.Sequential(made).eval())
+    x, size = torch.randn(8, 16 * 16, 16), ((16, 16),) if conv else ()
+    hidden = x.shape[0] * x.shape[1] * 64 * 4
+
+    def layers(kept: int, dynamic: bool) -> int:
+        monkeypatch.setattr(_mlp, "_KEPT", kept)
+        torch._dynamo.reset()
+        recorded = EagerAndRecordGraphs()
+        with torch.no_grad():
+            out = torch.compile(made, fullgraph=True, dynamic=dynamic, backend=recorded)(x, *size)
+            torch.testing.assert_close(out, plain(x, *size))
+        (graph,) = recorded.graphs
+        return sum(node.target is torch._C._nn.linear for node in graph.graph.nodes)
+
+    assert layers(hidden, dynamic=False) == 2
+    assert layers(hidden // 2, dynamic=False) == 4
+    assert layers(hidden // 7, dynamic=False) == 16
+    assert layers(hidden // 7, dynamic=True) == 2
 
 
 def test_other_mlps_are_left_alone() -> None:
