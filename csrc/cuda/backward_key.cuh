@@ -180,12 +180,12 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages>&
     block.load_tiles_in_order(v, stage + Layout::kSecond);
     uint32_t k[4][4];
     unrolled<4>([&](auto r) { load_shared<r * 512>(k[r], key_tile); });
-    gradient_rows<T, kMode>(k, bias, inverse_scale, params.focus, terms, scale_sum,
-                            [&](auto b, float (&r)[2][4]) {
-                              const float2 m = *reinterpret_cast<const float2*>(mean + 2 * b);
-                              const float start[2][4] = {{m.x, m.y, m.x, m.y}, {m.x, m.y, m.x, m.y}};
-                              times<T, kPartners>(r, v, block.column_block(b), start);
-                            });
+    const auto product = [&](auto b, float (&r)[2][4]) {
+      const float2 m = *reinterpret_cast<const float2*>(mean + 2 * b);
+      const float start[2][4] = {{m.x, m.y, m.x, m.y}, {m.x, m.y, m.x, m.y}};
+      times<T, kPartners>(r, v, block.column_block(b), start);
+    };
+    gradient_rows<T, kMode>(k, bias, inverse_scale, params.focus, terms, scale_sum, product);
     char* to_key = const_cast<char*>(base(params.grad_key, first_channel));
 #pragma unroll
     for (int r = 0; r < 4; ++r) {

@@ -144,15 +144,14 @@ __device__ __forceinline__ void query_pass(const BackwardBlock<kHeadDim, kStages
     block.load_tiles_in_order(u, stage + Layout::kSecond);
     const float ones[4] = {1.0f, 1.0f, 1.0f, 1.0f};
     RowTerms terms(ones, 1.0f, dot, norms);
-    gradient_rows<T, kMode>(x, LaneBias{}, inverse_scale, params.focus, terms, scale_sum,
-                            [&](auto b, float (&r)[2][4]) {
-                              const float2 m = *reinterpret_cast<const float2*>(mean + 2 * b);
-                              float start[2][4];
+    const auto product = [&](auto b, float (&r)[2][4]) {
+      const float2 m = *reinterpret_cast<const float2*>(mean + 2 * b);
+      float start[2][4];
 #pragma unroll
-                              for (int i = 0; i < 8; ++i)
-                                start[i / 4][i % 4] = share[i / 2] * (i % 2 ? m.y : m.x);
-                              times<T, kPartners>(r, u, block.column_block(b), start);
-                            });
+      for (int i = 0; i < 8; ++i) start[i / 4][i % 4] = share[i / 2] * (i % 2 ? m.y : m.x);
+      times<T, kPartners>(r, u, block.column_block(b), start);
+    };
+    gradient_rows<T, kMode>(x, LaneBias{}, inverse_scale, params.focus, terms, scale_sum, product);
     char* to = const_cast<char*>(base(params.grad_query));
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
@@ -199,13 +198,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
     store_scale(params.scale_partials + index * params.channels, block.scale_sums, block.inverse_scale,
                 scale_sum, block.slice * kSliceChannels, block.group, params.groups, lane);
   }
-  float4* staging = reinterpret_cast<float4*>(block.tiles + block.slice * StateGradient<T, kHeadDim>::kBytes);
-  for (int other = 1; other < params.groups; ++other) {
-    __syncthreads();
-    if (block.group == other) sum.send(staging, lane.index);
-    __syncthreads();
-    if (block.group == 0) sum.receive(staging, lane.index);
-  }
+  sum.add_groups(block);
   if (block.group == 0) {
     sum.scale(params.inverse_keys);
     sum.store_matrix(params.partial + index * state_size, block.slice, lane);

@@ -91,14 +91,7 @@ class WindowGradient {
     StateGradient<T, kHeadDim> sum;
     query_pass<T, kHeadDim, kMode>(block, group, params_.query, window(params_.query.grid), 0,
                                    params_.query.queries, sum, scale_sum);
-    float4* staging =
-        reinterpret_cast<float4*>(block.tiles + block.slice * StateGradient<T, kHeadDim>::kBytes);
-    for (int other = 1; other < groups(); ++other) {
-      __syncthreads();
-      if (block.group == other) sum.send(staging, block.lane.index);
-      __syncthreads();
-      if (block.group == 0) sum.receive(staging, block.lane.index);
-    }
+    sum.add_groups(block);
     __syncthreads();
     if (block.group == 0) {
       sum.scale(params_.query.inverse_keys);

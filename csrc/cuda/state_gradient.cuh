@@ -67,6 +67,19 @@ struct StateGradient {
     }
   }
 
+  /// Adds what the warps of all groups hold, in the order of the groups, for the first: through the tiles,
+  /// which nobody may need any more. All threads call it; it synchronises first.
+  template <int kStages>
+  __device__ __forceinline__ void add_groups(const BackwardBlock<kHeadDim, kStages>& block) {
+    float4* shared = reinterpret_cast<float4*>(block.tiles + block.slice * kBytes);
+    for (int other = 1; other < block.groups; ++other) {
+      __syncthreads();
+      if (block.group == other) send(shared, block.lane.index);
+      __syncthreads();
+      if (block.group == 0) receive(shared, block.lane.index);
+    }
+  }
+
   /// Adds what the warp of another group holds, through `shared` (kBytes).
   __device__ void send(float4* shared, int lane) const {
 #pragma unroll
