@@ -28,10 +28,6 @@ REPRESENTATIVE = re.compile(
 )
 FAST = re.compile(r"flatten::cuda::tensorcore::")
 TENSOR = re.compile(r"tensorcore::(forward|backward)_")
-# The backward pass of windows of up to 384 channels in one block: 168 registers of the 176 it would take. A
-# step has 5,600 instructions; what it spills adds less than a hundredth.
-WIDE = re.compile(r"tensorcore::backward_window<\w+, 32, \d, -?\d, 384>")
-WIDE_SPILLS = 320  # bytes, stores and loads
 
 
 def tool(name: str) -> str:
@@ -123,11 +119,7 @@ def fast(kernels: list[Kernel]) -> list[Kernel]:
 
 
 def test_fast_paths_do_not_spill(kernels):
-    spilling = {
-        k.name: (k.stack, k.spills)
-        for k in fast(kernels)
-        if (k.stack or k.spills) and not (WIDE.search(k.name) and k.stack <= WIDE_SPILLS >= k.spills)
-    }
+    spilling = {k.name: (k.stack, k.spills) for k in fast(kernels) if k.stack or k.spills}
     assert not spilling, spilling
 
 

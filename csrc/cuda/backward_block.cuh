@@ -54,13 +54,15 @@ struct BackwardLayout {
   // Of a warp: `kStages` tiles of two inputs, and one for partners to read w from.
   static constexpr int kSecond = kStages * kTile, kShared = 2 * kStages * kTile;
   static constexpr int kTileBytes = kShared + (kPartners > 1 ? kTile : 0);
-  // Of a slice: its rows of S, 32 columns at a time; then m as B fragments of 512 bytes, one to a partner.
+  // Of a slice: its rows of S, 32 columns at a time; m as B fragments of 512 bytes, one to a partner; and
+  // three numbers for each channel.
   static constexpr int kMatrix = kSliceChannels * kSliceChannels * 2, kMean = kPartners * kMatrix;
-  static constexpr int kStateBytes = kMean + kPartners * 512;
+  static constexpr int kNumbers = kMean + kPartners * 512;
+  static constexpr int kSliceBytes = kNumbers + 3 * kSliceChannels * 4;
 
   static constexpr __host__ __device__ int fixed_bytes(int channels, int groups) {
     const int slices = channels / kSliceChannels;
-    return channels * 12 + SliceGroup::shared_bytes(groups, slices) + slices * kStateBytes;
+    return slices * kSliceBytes + SliceGroup::shared_bytes(groups, slices);
   }
   static constexpr __host__ __device__ int tile_bytes(int channels, int groups) {
     return channels / kSliceChannels * groups * kTileBytes;
@@ -72,38 +74,41 @@ template <int kHeadDim, int kStages>
 struct BackwardBlock {
   using Layout = BackwardLayout<kHeadDim, kStages>;
   static constexpr int kPartners = Layout::kPartners;
+  static constexpr int kPartnerBytes = Layout::kSliceBytes - Layout::kMatrix;
 
   Lane lane;
   int channels, slices, groups, group, slice, partner;
   int position;  // of the lane's vector in a tile or fragment: so that an 8x8 block's rows lie in other banks
-  float *inverse_scale, *mean, *scale_sums;  // (channels): 1 / scale, m or its gradient, sums for scale
-  unsigned char *exchange, *states, *tiles, *rest;
-  uint32_t tile;           // the lane's vector of the warp's first tile
-  uint32_t rows, columns;  // of S, see `row_block` and `column_block`
+  // In shared memory one after the other: what slices have, first, where addresses take the least registers;
+  // what warps exchange, tiles, and the rest.
+  unsigned char *states, *exchange, *tiles, *rest;
+  uint32_t tile;  // the lane's vector of the warp's first tile
+  uint32_t rows;  // of S, see `row_block`
 
   __device__ __forceinline__ BackwardBlock(unsigned char* shared, int channels, int groups)
-      : channels(channels), slices(channels / kSliceChannels), groups(groups) {
+      : channels(channels), slices(channels / kSliceChannels), groups(groups), states(shared) {
     const int warp = threadIdx.x / 32;
     group = groups > 1 ? warp / slices : 0, slice = warp - group * slices, partner = slice % kPartners;
     position = lane.g * 4 + (lane.t ^ lane.g / 2);
-    inverse_scale = reinterpret_cast<float*>(shared);
-    mean = inverse_scale + channels;
-    scale_sums = mean + channels;
-    exchange = shared + channels * 12;
-    states = exchange + SliceGroup::shared_bytes(groups, slices);
-    tiles = states + slices * Layout::kStateBytes;
+    exchange = states + slices * Layout::kSliceBytes;
+    tiles = exchange + SliceGroup::shared_bytes(groups, slices);
     rest = tiles + Layout::tile_bytes(channels, groups);
     tile = shared_address(tiles) + warp * Layout::kTileBytes + position * 16;
     const int matrix = lane.index / 8, r = lane.index % 8, row = r / 2 * 8 + r % 2;
-    rows = slice_state() - partner * (Layout::kStateBytes - Layout::kMatrix) + (row + 2 * matrix) * 64 +
-           (r / 2 ^ matrix) * 16;
-    columns = slice_state() + row * 64 + (r / 2 ^ matrix) * 16;
-    keep(position), keep(tile), keep(rows), keep(columns);
+    rows = slice_state() - partner * kPartnerBytes + (row + 2 * matrix) * 64 + (r / 2 ^ matrix) * 16;
+    keep(position), keep(tile), keep(rows);
   }
 
   __device__ __forceinline__ int first_channel() const { return slice * kSliceChannels + 8 * lane.t; }
-  __device__ __forceinline__ uint32_t slice_state() const {
-    return shared_address(states) + slice * Layout::kStateBytes;
+  __device__ __forceinline__ uint32_t slice_state() const { return slice_state(slice); }
+  __device__ __forceinline__ uint32_t slice_state(int slice) const {
+    return shared_address(states) + slice * Layout::kSliceBytes;
+  }
+  /// Numbers of a slice's channels: 1 / scale, m or its gradient, sums for scale.
+  __device__ __forceinline__ float* inverse_scale(int slice) const { return numbers(slice); }
+  __device__ __forceinline__ float* mean(int slice) const { return numbers(slice) + kSliceChannels; }
+  __device__ __forceinline__ float* scale_sums(int slice) const {
+    return numbers(slice) + 2 * kSliceChannels;
   }
   /// The warp's first tile.
   __device__ __forceinline__ uint32_t warp_tile() const { return tile - position * 16; }
@@ -119,19 +124,24 @@ struct BackwardBlock {
   /// For S: its rows in tile order by the slice's own columns 8 b and on, of the head's slice s.
   __device__ __forceinline__ auto row_block(int b) const {
     return [from = flip(rows, b * 16)](auto s, uint32_t (&f)[4]) {
-      load_matrix_x4_transposed<s * Layout::kStateBytes>(f, from);
+      load_matrix_x4_transposed<s * Layout::kSliceBytes>(f, from);
     };
   }
   /// For the transpose of S: its columns of slice s by the slice's own rows, numbers 8 b and on in tile
   /// order.
   __device__ __forceinline__ auto column_block(int b) const {
+    int matrix = lane.index / 8;
+    keep(matrix);
+    const uint32_t columns = rows + partner * kPartnerBytes - matrix * 128;
     return [from = flip(columns, b * 16) + b * 128](auto s, uint32_t (&f)[4]) {
       load_matrix_x4<s * Layout::kMatrix>(f, from);
     };
   }
   /// For m, its rows in tile order, as pack_mean has laid it out.
   __device__ __forceinline__ auto mean_block() const {
-    return [from = slice_state() + Layout::kMean + position * 16](auto s, uint32_t (&f)[4]) {
+    int vector = position, slice = this->slice;
+    keep(vector), keep(slice);  // or a register holds the address all the time
+    return [from = slice_state(slice) + Layout::kMean + vector * 16](auto s, uint32_t (&f)[4]) {
       load_shared<s * 512>(f, from);
     };
   }
@@ -152,9 +162,11 @@ struct BackwardBlock {
       unrolled<4>([&](auto r) { load_shared<r * 512>(words[p][r], of_partner(address, p)); });
     }
   }
-  /// Those behind the first by `at` bytes, channels in their own order.
-  __device__ __forceinline__ void load_tiles_in_order(TileWords<kPartners>& words, int at) const {
-    const uint32_t row = block_row(0, lane.index / 8) + at;
+  /// Those where this warp's block_row(lane.index / 8, 0) is `row`, channels in their own order.
+  __device__ __forceinline__ void load_tiles_in_order(TileWords<kPartners>& words, uint32_t row) const {
+    int matrix = lane.index / 8;
+    keep(matrix);
+    row = (row - matrix * 512) ^ (matrix * 16);
 #pragma unroll
     for (int p = 0; p < kPartners; ++p) {
       unrolled<4>([&](auto r) { load_matrix_x4<r * 512>(words[p][r], of_partner(row, p)); });
@@ -165,10 +177,10 @@ struct BackwardBlock {
   /// lane's own head in its columns; else of the slice, once.
   template <typename T, bool kSplit>
   __device__ __forceinline__ void pack_mean() const {
-    uint4* to = reinterpret_cast<uint4*>(states + slice * Layout::kStateBytes + Layout::kMean) + position;
+    uint4* to = reinterpret_cast<uint4*>(states + slice * Layout::kSliceBytes + Layout::kMean) + position;
 #pragma unroll
     for (int p = 0; p < (kSplit ? kPartners : 1); ++p) {
-      const float* from = mean + (kSplit ? slice - partner + p : slice) * kSliceChannels + 8 * lane.t;
+      const float* from = mean(kSplit ? slice - partner + p : slice) + 8 * lane.t;
       const bool used = kSplit ? Layout::kHeads == 1 || lane.t / 2 == lane.g / 4 : lane.g < 2;
       uint32_t word[4];
 #pragma unroll
@@ -180,6 +192,11 @@ struct BackwardBlock {
       }
       to[p * 32] = make_uint4(word[0], word[1], word[2], word[3]);
     }
+  }
+
+ private:
+  __device__ __forceinline__ float* numbers(int slice) const {
+    return reinterpret_cast<float*>(states + slice * Layout::kSliceBytes + Layout::kNumbers);
   }
 };
 

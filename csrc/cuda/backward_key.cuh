@@ -42,10 +42,10 @@ struct KeyGradientTraits {
   }
   static constexpr __host__ __device__ int shared_bytes(int channels, int patches, bool per_channel) {
     const int warps = channels / kSliceChannels * patches;
-    const int work = Layout::tile_bytes(channels, patches) + ring_bytes(channels, patches);
+    const int work = Layout::tile_bytes(channels, patches) + ring_bytes(channels, patches) +
+                     taps_bytes(channels, per_channel);
     const int sums = kSumsTaps ? TapGradient<__nv_bfloat16, kTaps>::floats(warps) * 4 : 0;
-    return taps_bytes(channels, per_channel) + Layout::fixed_bytes(channels, patches) +
-           (work > sums ? work : sums);
+    return Layout::fixed_bytes(channels, patches) + (work > sums ? work : sums);
   }
 };
 
@@ -53,34 +53,45 @@ struct KeyGradientTraits {
 /// step and waits for what it needs, grads.point(y, pixels) says where its grad_out is. The block holds dS
 /// and dm. kSumTaps: adds to `taps`, too.
 template <typename T, int kHeadDim, int kTaps, int kMode, bool kSumTaps, int kStages, typename Grads,
-          int kTapsToSum>
+          int kTapsToSum, typename Sums>
 __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages>& block, SliceGroup& group,
                                          const KeyGradientParams& params, const Window& window, int x0,
                                          int y0, int y_end, Grads& grads, const LaneTaps<kTaps>& lane_taps,
-                                         TapGradient<T, kTapsToSum>& taps, float (&scale_sum)[8]) {
+                                         TapGradient<T, kTapsToSum>& taps, Sums& scale_sums) {
   using Layout = BackwardLayout<kHeadDim, kStages>;
   constexpr int kPartners = Layout::kPartners;
+  constexpr bool kFindAnew = kStages == 1 && Sums::kFewRegisters;  // tokens, where they are stored
   const Lane& lane = block.lane;
   const WindowGrid& grid = params.grid;
   const int first_channel = block.first_channel(), slice_channel = block.slice * kSliceChannels;
-  const float *inverse_scale = block.inverse_scale + first_channel, *mean = block.mean + first_channel;
+  const float* inverse_scale = block.inverse_scale(block.slice) + 8 * lane.t;
+  const float* mean = block.mean(block.slice) + 8 * lane.t;
 
   // k and v: pixels in column g of the patch, rows r of the step. Beyond the window the last k is repeated, v
   // is zero.
   const bool patch_inside = x0 < grid.window_w;
-  const int x = x0 + lane.g, token_x = window.column(grid, min(x, grid.window_w - 1));
-  int y_stop = x < grid.window_w ? y_end : y0;  // the lane's rows
+  int width = grid.window_w;
+  keep(width);
+  const int x = x0 + lane.g, token_x = window.column(grid, min(x, width - 1));
+  int y_stop = x < width ? y_end : y0;  // the lane's rows
   if (grid.raster) y_stop = min(y_stop, (params.tokens - x + grid.map_w - 1) / grid.map_w);
   const auto base = [&](const TokenArray& x, int channel) {  // as query_pass
-    int image = window.image;
-    keep(image);
-    return static_cast<const char*>(x.data) + image * x.image + channel * 2;
+    int image = window.image, first = channel;
+    keep(image), keep(first);
+    return static_cast<const char*>(x.data) + image * x.image + first * 2u;
+  };
+  const auto find = [&](int (&token)[4], int y) {
+    int last_row = grid.window_h - 1;
+    keep(last_row);
+#pragma unroll
+    for (int r = 0; r < 4; ++r)
+      token[r] = min(window.row(grid, min(y + r, last_row)) + token_x, params.tokens - 1);
   };
   int token[4], stage = 0;
   const auto load = [&](int at, int y) {
     const char *key = base(params.key, first_channel), *value = base(params.value, first_channel);
+    find(token, y);
     unrolled<4>([&](auto r) {
-      token[r] = min(window.row(grid, min(y + r, grid.window_h - 1)) + token_x, params.tokens - 1);
       copy_async<r * 512, 0>(block.tile + at, key + static_cast<int64_t>(token[r]) * params.key.token);
       copy_async(block.tile + at + Layout::kSecond + r * 512,
                  value + static_cast<int64_t>(token[r]) * params.value.token, y + r < y_stop ? 16 : 0);
@@ -105,9 +116,8 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages>&
     if constexpr (kPartners > 1) block.load_tiles(w, block.tile + Layout::kShared);
     const bool own_inside = y + lane.t < y_stop;
     const float own_factor = own_inside ? phi_factor(norms) : 0.0f;
-    float factor[4];
-    quad_gather(factor, own_factor);
-    int out[4];  // tokens
+    float factor[4];  // gathered where it is used: the taps need the registers
+    int out[4];       // tokens, of one stage found anew, to hold no registers while the taps need them
 #pragma unroll
     for (int r = 0; r < 4; ++r) out[r] = token[r];
     if (kStages > 1 && y + kStepRows < y_end) load(stage ^ Layout::kTile, y + kStepRows);
@@ -139,6 +149,7 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages>&
     }
 #pragma unroll 1
     for (int pair = 0; pair < 2; ++pair) {
+      quad_gather(factor, own_factor);
       uint32_t word[2][4];
       unrolled<2>([&](auto half) {
         const int b = 2 * pair + half;
@@ -160,6 +171,7 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages>&
         for (int r = 0; r < 4; ++r)
           word[half][r] = Pair<T>::pack(o[r / 2][r % 2 * 2], o[r / 2][r % 2 * 2 + 1]);
       });
+      if (kFindAnew) find(out, y);
       const bool odd = lane.t % 2;  // neighbours swap a word, for whole sectors
       char* to_value = const_cast<char*>(
           base(params.grad_value, slice_channel + pair * 16 + lane.t % 2 * 8 + lane.t / 2 * 4));
@@ -175,9 +187,10 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages>&
     // dk.
     const auto plus = [](float2 a, float2 b) { return float2{a.x + b.x, 0.0f}; };
     const float total = group.exchange({quad_sum(dot, lane.t), 0.0f}, lane.index, plus).x;
+    quad_gather(factor, own_factor);
     RowTerms terms(factor, own_factor, own_inside ? total : 0.0f, norms);
     TileWords<kPartners> v;
-    block.load_tiles_in_order(v, stage + Layout::kSecond);
+    block.load_tiles_in_order(v, value_row);
     uint32_t k[4][4];
     unrolled<4>([&](auto r) { load_shared<r * 512>(k[r], key_tile); });
     const auto product = [&](auto b, float (&r)[2][4]) {
@@ -185,8 +198,9 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages>&
       const float start[2][4] = {{m.x, m.y, m.x, m.y}, {m.x, m.y, m.x, m.y}};
       times<T, kPartners>(r, v, block.column_block(b), start);
     };
-    gradient_rows<T, kMode>(k, bias, inverse_scale, params.focus, terms, scale_sum, product);
+    gradient_rows<T, kMode>(k, bias, inverse_scale, params.focus, terms, scale_sums, product);
     char* to_key = const_cast<char*>(base(params.grad_key, first_channel));
+    if (kFindAnew) find(out, y);
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       if (y + r < y_stop) {
@@ -286,9 +300,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   constexpr bool kTapsAlong = Traits::taps_along(kMode);
   extern __shared__ __align__(128) unsigned char shared[];
   const int channels = params.channels;
-  unsigned char* tap_table = shared;
-  const BackwardBlock<kHeadDim, Traits::kStages> block(
-      shared + Traits::taps_bytes(channels, params.per_channel), channels, params.patches);
+  const BackwardBlock<kHeadDim, Traits::kStages> block(shared, channels, params.patches);
+  unsigned char* tap_table = block.rest + Traits::ring_bytes(channels, params.patches);
   const Lane& lane = block.lane;
   const WindowGrid& grid = params.grid;
   const Window window(grid, blockIdx.z);
@@ -297,7 +310,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   const int y_end = min(y0 + params.rows, grid.window_h);
   RingGrads<Traits> grads(params, window, x0, y0, y_end, block);
 
-  load_inverse_scale<T>(block.inverse_scale, params.focus, channels);
+  load_inverse_scale<T>(block, params.focus);
   const float* state = params.state_gradient + static_cast<int64_t>(blockIdx.z) * channels * (kHeadDim + 1);
   const int tap_rows = Traits::tap_rows(channels, params.per_channel);
   const int kernels = params.per_channel ? channels : kHeadDim;
@@ -310,15 +323,16 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
 
   SliceGroup group(block.exchange, patch, params.patches, block.slice, block.slices);
   TapGradient<T, kTapsAlong ? kTaps : 0> along;
-  float scale_sum[8] = {};
+  RegisterSums scale_sums;
   key_pass<T, kHeadDim, kTaps, kMode, kTapsAlong>(block, group, params, window, x0 + patch * kPatchColumns,
-                                                  y0, y_end, grads, lane_taps, along, scale_sum);
+                                                  y0, y_end, grads, lane_taps, along, scale_sums);
   const int64_t row = (static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
   if (params.scale_partials) {
     const Lane anew;  // and the rest too, rather than registers held all along
-    const int group = threadIdx.x / channels, channel = (threadIdx.x - group * channels) & -kSliceChannels;
-    store_scale(params.scale_partials + row * channels, block.scale_sums, block.inverse_scale, scale_sum,
-                channel, group, params.patches, anew);
+    const int thread = threadIdx.x, group = thread / channels,
+              slice = (thread - group * channels) / kSliceChannels;
+    store_scale(params.scale_partials + row * channels, block, scale_sums, slice, group, params.patches,
+                anew);
   }
   if constexpr (Traits::kSumsTaps) {
     if (!params.tap_partials) return;

@@ -12,20 +12,21 @@
 namespace flatten::cuda::tensorcore {
 
 /// Tokens begin + 32 (group + n groups) and on of a window, up to `end`: adds their part of dS and dm to
-/// `sum` and of scale's gradient to scale_sum. The block holds S and m.
-template <typename T, int kHeadDim, int kMode, int kStages>
+/// `sum` and of scale's gradient to scale_sums. The block holds S and m.
+template <typename T, int kHeadDim, int kMode, int kStages, typename Sums>
 __device__ __forceinline__ void query_pass(const BackwardBlock<kHeadDim, kStages>& block, SliceGroup& group,
                                            const QueryGradientParams& params, const Window& window, int begin,
-                                           int end, StateGradient<T, kHeadDim>& sum, float (&scale_sum)[8]) {
+                                           int end, StateGradient<T, kHeadDim>& sum, Sums& scale_sums) {
   using Layout = BackwardLayout<kHeadDim, kStages>;
   constexpr int kPartners = Layout::kPartners;
   const Lane& lane = block.lane;
   const int first_channel = block.first_channel();
-  const float *inverse_scale = block.inverse_scale + first_channel, *mean = block.mean + first_channel;
+  const float* inverse_scale = block.inverse_scale(block.slice) + 8 * lane.t;
+  const float* mean = block.mean(block.slice) + 8 * lane.t;
   const auto base = [&](const TokenArray& x) {  // made where it is used: it takes no registers between
-    int image = window.image;
-    keep(image);
-    return static_cast<const char*>(x.data) + image * x.image + first_channel * 2;
+    int image = window.image, first = first_channel;
+    keep(image), keep(first);
+    return static_cast<const char*>(x.data) + image * x.image + first * 2u;
   };
 
   // The lane's vectors of q and grad_out; tokens past the end repeat the last one.
@@ -141,7 +142,7 @@ __device__ __forceinline__ void query_pass(const BackwardBlock<kHeadDim, kStages
     sum.add(block, kPartners > 1 ? Layout::kShared : stage, stage + Layout::kSecond, share);
 
     TileWords<kPartners> u;
-    block.load_tiles_in_order(u, stage + Layout::kSecond);
+    block.load_tiles_in_order(u, block.block_row(lane.index / 8, 0) + stage + Layout::kSecond);
     const float ones[4] = {1.0f, 1.0f, 1.0f, 1.0f};
     RowTerms terms(ones, 1.0f, dot, norms);
     const auto product = [&](auto b, float (&r)[2][4]) {
@@ -151,7 +152,7 @@ __device__ __forceinline__ void query_pass(const BackwardBlock<kHeadDim, kStages
       for (int i = 0; i < 8; ++i) start[i / 4][i % 4] = share[i / 2] * (i % 2 ? m.y : m.x);
       times<T, kPartners>(r, u, block.column_block(b), start);
     };
-    gradient_rows<T, kMode>(x, LaneBias{}, inverse_scale, params.focus, terms, scale_sum, product);
+    gradient_rows<T, kMode>(x, LaneBias{}, inverse_scale, params.focus, terms, scale_sums, product);
     char* to = const_cast<char*>(base(params.grad_query));
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
@@ -186,23 +187,25 @@ __global__ void __launch_bounds__(kBackwardThreads)
   const int64_t index = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
   const int64_t state_size = static_cast<int64_t>(params.channels) * (kHeadDim + 1);
 
-  load_inverse_scale<T>(block.inverse_scale, params.focus, params.channels);
+  load_inverse_scale<T>(block, params.focus);
   load_state<T, true>(block, params.state + blockIdx.y * state_size);
   StateGradient<T, kHeadDim> sum;
   SliceGroup group(block.exchange, block.group, params.groups, block.slice, block.slices);
-  float scale_sum[8] = {};
-  query_pass<T, kHeadDim, kMode>(block, group, params, window, begin, end, sum, scale_sum);
+  RegisterSums scale_sums;
+  query_pass<T, kHeadDim, kMode>(block, group, params, window, begin, end, sum, scale_sums);
 
   // ---- Partial sums: over the groups in order, then to memory.
   if (params.scale_partials) {
-    store_scale(params.scale_partials + index * params.channels, block.scale_sums, block.inverse_scale,
-                scale_sum, block.slice * kSliceChannels, block.group, params.groups, lane);
+    store_scale(params.scale_partials + index * params.channels, block, scale_sums, block.slice, block.group,
+                params.groups, lane);
   }
   sum.add_groups(block);
   if (block.group == 0) {
     sum.scale(params.inverse_keys);
     sum.store_matrix(params.partial + index * state_size, block.slice, lane);
-    sum.store_mean(params.partial + index * state_size + params.channels * kHeadDim, block.slice, lane);
+    sum.store_mean(
+        params.partial + index * state_size + params.channels * kHeadDim + block.slice * kSliceChannels,
+        lane);
   }
 #endif
 }

@@ -9,65 +9,95 @@
 
 namespace flatten::cuda::tensorcore {
 
-template <int kHeadDim, int kTaps>
+/// kWide: a block of so many channels that one group of warps has all its threads, and few registers each.
+template <int kHeadDim, int kTaps, bool kWide>
 struct WindowGradientTraits {
   static constexpr int kStages = 1;  // several blocks, or at least many warps, hide what one waits for
   using Layout = BackwardLayout<kHeadDim, kStages>;
   using Rows = KeyGradientTraits<kHeadDim, kTaps>;
+  using Sums = std::conditional_t<kWide, SharedSums, RegisterSums>;
 
+  /// Behind the block: grad_out, the table of taps, and the sums for scale.
+  static constexpr __host__ __device__ int grad_bytes(int channels, int keys) {
+    return kTaps ? (keys + 1) * Rows::pixel_bytes(channels) : 0;
+  }
   static constexpr __host__ __device__ int shared_bytes(int channels, int groups, bool per_channel,
                                                         int keys) {
-    const int slices = channels / kSliceChannels, warps = slices * groups;
-    int work = Layout::tile_bytes(channels, groups) + (kTaps ? (keys + 1) * Rows::pixel_bytes(channels) : 0);
+    const int warps = channels / kSliceChannels * groups;
+    const int work = Layout::tile_bytes(channels, groups) + grad_bytes(channels, keys) +
+                     Rows::taps_bytes(channels, per_channel) + (kWide ? SharedSums::bytes(channels) : 0);
     const int sums = TapGradient<__nv_bfloat16, kTaps>::floats(warps) * 4;
-    if (work < sums) work = sums;
-    return Rows::taps_bytes(channels, per_channel) + Layout::fixed_bytes(channels, groups) + work;
+    return Layout::fixed_bytes(channels, groups) + (work > sums ? work : sums);
   }
 };
 
-/// grad_out of the window, whole.
+/// grad_out of the window, whole, and a pixel of zeros behind it.
+template <typename Layout>
 struct ResidentGrads {
-  const WindowGrid& grid;
+  const KeyGradientParams& params;
   const Lane& lane;
-  uint32_t pixels, zeros;  // at the slice's first channel
-  int pixel_bytes, left;   // left: of the patch's input
-
-  __device__ __forceinline__ ResidentGrads(const WindowGrid& grid, const Lane& lane, uint32_t shared,
-                                           int pixel_bytes, int slice)
-      : grid(grid), lane(lane), pixels(shared + slice * kSliceChannels * 2), pixel_bytes(pixel_bytes) {
-    zeros = pixels + grid.window_h * grid.window_w * pixel_bytes;
-    keep(pixels), keep(zeros);
-  }
+  uint32_t shared;
+  int slice, groups;
+  int left = 0;  // of the patch's input
 
   /// Eight pixels of a row at once; the groups of warps share them.
-  __device__ __forceinline__ void load(const TokenArray& grads, const Window& window, int slice, int group,
-                                       int groups) {
-    const int vector = lane.index / 8 * 16;
-    const char* from = static_cast<const char*>(grads.data) + window.image * grads.image +
+  __device__ __forceinline__ void load(const Window& window, int group) {
+    const WindowGrid& grid = params.grid;
+    const uint32_t pixels = this->pixels();
+    const int pixel_bytes = this->pixel_bytes(), vector = lane.index / 8 * 16;
+    const char* from = static_cast<const char*>(params.grad_out.data) + window.image * params.grad_out.image +
                        slice * kSliceChannels * 2 + vector;
     for (int x = group * 8 + lane.index % 8; x < grid.window_w; x += groups * 8) {
       const int column = window.column(grid, x);
       uint32_t to = pixels + x * pixel_bytes + vector;
       for (int y = 0; y < grid.window_h; ++y, to += grid.window_w * pixel_bytes) {
-        copy_async<0, 0>(to, from + static_cast<int64_t>(window.row(grid, y) + column) * grads.token);
+        const int64_t token = window.row(grid, y) + column;
+        copy_async<0, 0>(to, from + token * params.grad_out.token);
       }
     }
-    copy_async(zeros + vector, from, lane.index % 8 == 0 && group == 0 ? 0 : -1);
+    copy_async(zeros(pixels, pixel_bytes) + vector, from, lane.index % 8 == 0 && group == 0 ? 0 : -1);
     copy_async_commit();
   }
 
   __device__ __forceinline__ void begin_step(int) const {}
   template <int kTaps>
   __device__ __forceinline__ void point(int y, PixelRows<kTaps>& rows) const {
-    rows.point_window(pixels, zeros, pixel_bytes, grid.window_w, grid.window_h, left, y - kTaps / 2, lane);
+    const WindowGrid& grid = params.grid;
+    const uint32_t pixels = this->pixels();
+    const int pixel_bytes = this->pixel_bytes();
+    rows.point_window(pixels, zeros(pixels, pixel_bytes), pixel_bytes, grid.window_w, grid.window_h, left,
+                      y - kTaps / 2, lane);
+  }
+
+ private:
+  // Computed where they are used: registers hold none of this between.
+  __device__ __forceinline__ uint32_t pixels() const {  // at the slice's first channel
+    int slice = this->slice, channels = params.channels;
+    keep(slice), keep(channels);
+    return shared + Layout::fixed_bytes(channels, groups) + Layout::tile_bytes(channels, groups) +
+           slice * kSliceChannels * 2;
+  }
+  __device__ __forceinline__ int pixel_bytes() const {
+    int channels = params.channels;
+    keep(channels);
+    return KeyGradientTraits<32, 0>::pixel_bytes(channels);
+  }
+  __device__ __forceinline__ uint32_t zeros(uint32_t pixels, int pixel_bytes) const {
+    return pixels + params.grid.window_h * pixel_bytes * params.grid.window_w;
   }
 };
 
 /// The parts of the kernel, one after the other. Each makes a block and a window of its own: what it knows of
 /// them takes no registers in another.
-template <typename T, int kHeadDim, int kTaps, int kMode, bool kOneGroup>
+template <typename T, int kHeadDim, int kTaps, int kMode, bool kWide>
 class WindowGradient {
+  using Traits = WindowGradientTraits<kHeadDim, kTaps, kWide>;
+  using Block = BackwardBlock<kHeadDim, Traits::kStages>;
+  using Grads = ResidentGrads<typename Traits::Layout>;
+
  public:
+  using Sums = typename Traits::Sums;
+
   __device__ __forceinline__ WindowGradient(const WindowGradientParams& params, unsigned char* shared)
       : params_(params), keys_(params.key), shared_(shared) {}
 
@@ -75,28 +105,40 @@ class WindowGradient {
   __device__ __forceinline__ void load() const {
     const Block block = this->block();
     if constexpr (kTaps > 0) {
-      grads(block).load(keys_.grad_out, window(keys_.grid), block.slice, block.group, groups());
-      TapTable<kTaps>::template load<T, true>(shared_, keys_.weight, Floats{nullptr, false}, tap_rows(),
-                                              kernels());
+      grads(block).load(window(keys_.grid), block.group);
+      TapTable<kTaps>::template load<T, true>(tap_table(block), keys_.weight, Floats{nullptr, false},
+                                              tap_rows(), kernels());
     }
-    load_inverse_scale<T>(block.inverse_scale, params_.query.focus, channels());
+    load_inverse_scale<T>(block, params_.query.focus);
     const int64_t state_size = static_cast<int64_t>(channels()) * (kHeadDim + 1);
     load_state<T, true>(block, params_.query.state + blockIdx.x * state_size);
   }
 
+  /// Of scale, from zero.
+  __device__ __forceinline__ Sums sums() const {
+    if constexpr (kWide) {
+      return Sums(tap_table(block()) + Traits::Rows::taps_bytes(channels(), keys_.per_channel));
+    } else {
+      return {};
+    }
+  }
+
   /// dq. Leaves dS and dm where S and m were.
-  __device__ __forceinline__ void queries(float (&scale_sum)[8]) const {
-    const Block block = this->block();
-    SliceGroup group = this->group(block);
+  __device__ __forceinline__ void queries(Sums& scale_sums) const {
     StateGradient<T, kHeadDim> sum;
-    query_pass<T, kHeadDim, kMode>(block, group, params_.query, window(params_.query.grid), 0,
-                                   params_.query.queries, sum, scale_sum);
+    {
+      const Block block = this->block();
+      SliceGroup group = this->group(block);
+      query_pass<T, kHeadDim, kMode>(block, group, params_.query, window(params_.query.grid), 0,
+                                     params_.query.queries, sum, scale_sums);
+    }
+    const Block block = this->block();
     sum.add_groups(block);
     __syncthreads();
     if (block.group == 0) {
       sum.scale(params_.query.inverse_keys);
       sum.pack(block);
-      sum.store_mean(block.mean, block.slice, block.lane);
+      sum.store_mean(block.mean(block.slice), block.lane);
     }
     __syncthreads();
     if (block.group == 0) block.template pack_mean<T, false>();
@@ -104,21 +146,23 @@ class WindowGradient {
   }
 
   /// dk, dv, and the partial gradient of scale.
-  __device__ __forceinline__ void keys(float (&scale_sum)[8]) const {
-    const Block block = this->block();
-    SliceGroup group = this->group(block);
-    const LaneTaps<kTaps> lane_taps(shared_, tap_rows(), block.slice * kSliceChannels % tap_rows(),
-                                    block.lane);
-    TapGradient<T, 0> none;
-    for_each_patch(block, [&](const Window& window, int x0, ResidentGrads& grads) {
-      key_pass<T, kHeadDim, kTaps, kMode, false>(block, group, keys_, window, x0, 0, keys_.grid.window_h,
-                                                 grads, lane_taps, none, scale_sum);
-      group.barrier();
-    });
+  __device__ __forceinline__ void keys(Sums& scale_sums) const {
+    {
+      const Block block = this->block();
+      SliceGroup group = this->group(block);
+      const LaneTaps<kTaps> lane_taps(tap_table(block), tap_rows(), block.slice * kSliceChannels % tap_rows(),
+                                      block.lane);
+      TapGradient<T, 0> none;
+      for_each_patch(block, [&](const Window& window, int x0, Grads& grads) {
+        key_pass<T, kHeadDim, kTaps, kMode, false>(block, group, keys_, window, x0, 0, keys_.grid.window_h,
+                                                   grads, lane_taps, none, scale_sums);
+        group.barrier();
+      });
+    }
     if (keys_.scale_partials) {
-      store_scale(keys_.scale_partials + static_cast<int64_t>(blockIdx.x) * channels(), block.scale_sums,
-                  block.inverse_scale, scale_sum, block.slice * kSliceChannels, block.group, groups(),
-                  block.lane);
+      const Block block = this->block();
+      store_scale(keys_.scale_partials + static_cast<int64_t>(blockIdx.x) * channels(), block, scale_sums,
+                  block.slice, block.group, groups(), block.lane);
     }
   }
 
@@ -127,7 +171,7 @@ class WindowGradient {
     if (!keys_.tap_partials) return;
     const Block block = this->block();
     TapGradient<T, kTaps> sums;
-    for_each_patch(block, [&](const Window& window, int x0, ResidentGrads& grads) {
+    for_each_patch(block, [&](const Window& window, int x0, Grads& grads) {
       tap_pass<T>(block, keys_, window, x0, 0, keys_.grid.window_h, grads, sums);
     });
     const int64_t row = static_cast<int64_t>(blockIdx.x) * TapGradient<T, kTaps>::kSums;
@@ -137,18 +181,16 @@ class WindowGradient {
 
  private:
   __device__ __forceinline__ int channels() const { return keys_.channels; }
-  __device__ __forceinline__ int groups() const { return kOneGroup ? 1 : keys_.patches; }  // of warps
-
-  using Traits = WindowGradientTraits<kHeadDim, kTaps>;
-  using Block = BackwardBlock<kHeadDim, Traits::kStages>;
+  __device__ __forceinline__ int groups() const { return kWide ? 1 : keys_.patches; }  // of warps
 
   __device__ __forceinline__ int tap_rows() const {
     return Traits::Rows::tap_rows(channels(), keys_.per_channel);
   }
   __device__ __forceinline__ int kernels() const { return keys_.per_channel ? channels() : kHeadDim; }
 
-  __device__ __forceinline__ Block block() const {
-    return Block(shared_ + Traits::Rows::taps_bytes(channels(), keys_.per_channel), channels(), groups());
+  __device__ __forceinline__ Block block() const { return Block(shared_, channels(), groups()); }
+  __device__ __forceinline__ unsigned char* tap_table(const Block& block) const {
+    return block.rest + Traits::grad_bytes(channels(), keys_.grid.window_h * keys_.grid.window_w);
   }
   __device__ __forceinline__ SliceGroup group(const Block& block) const {
     return SliceGroup(block.exchange, block.group, groups(), block.slice, block.slices);
@@ -158,19 +200,17 @@ class WindowGradient {
     keep(index);
     return Window(grid, index);
   }
-  __device__ __forceinline__ ResidentGrads grads(const Block& block) const {
-    return ResidentGrads(keys_.grid, block.lane, shared_address(block.rest),
-                         Traits::Rows::pixel_bytes(channels()), block.slice);
+  __device__ __forceinline__ Grads grads(const Block& block) const {
+    return {keys_, block.lane, shared_address(shared_), block.slice, groups()};
   }
 
   /// pass(window, x0, grads) for the patches that the warp's group has.
   template <typename Pass>
   __device__ __forceinline__ void for_each_patch(const Block& block, Pass pass) const {
-    const Window window = this->window(keys_.grid);
-    ResidentGrads grads = this->grads(block);
+    Grads grads = this->grads(block);
     for (int x0 = block.group * kPatchColumns; x0 < keys_.grid.window_w; x0 += groups() * kPatchColumns) {
       grads.left = x0 - kTaps / 2;
-      pass(window, x0, grads);
+      pass(window(keys_.grid), x0, grads);
     }
   }
 
@@ -185,12 +225,12 @@ __global__ void __launch_bounds__(kThreads)
     backward_window(const __grid_constant__ WindowGradientParams params) {
 #if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(128) unsigned char shared[];
-  constexpr bool kOneGroup = kThreads > kBackwardThreads;  // of so many channels
-  const WindowGradient<T, kHeadDim, kTaps, kMode, kOneGroup> gradient(params, shared);
-  float scale_sum[8] = {};
+  constexpr bool kWide = kThreads > kBackwardThreads;
+  const WindowGradient<T, kHeadDim, kTaps, kMode, kWide> gradient(params, shared);
   gradient.load();
-  gradient.queries(scale_sum);
-  gradient.keys(scale_sum);
+  auto scale_sums = gradient.sums();
+  gradient.queries(scale_sums);
+  gradient.keys(scale_sums);
   if constexpr (kTaps > 0) gradient.taps();
 #endif
 }

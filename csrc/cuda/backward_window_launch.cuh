@@ -9,14 +9,17 @@ namespace flatten::cuda::tensorcore {
 
 template <typename T, int kHeadDim, int kMode, int kThreads = kBackwardThreads>
 struct BackwardWindow {
+  template <int kTaps>
+  using Traits = WindowGradientTraits<kHeadDim, kTaps, (kThreads > kBackwardThreads)>;
+
   static int shared_bytes(int taps, int channels, int groups, bool per_channel, int keys) {
     switch (taps) {
       case 3:
-        return WindowGradientTraits<kHeadDim, 3>::shared_bytes(channels, groups, per_channel, keys);
+        return Traits<3>::shared_bytes(channels, groups, per_channel, keys);
       case 5:
-        return WindowGradientTraits<kHeadDim, 5>::shared_bytes(channels, groups, per_channel, keys);
+        return Traits<5>::shared_bytes(channels, groups, per_channel, keys);
       default:
-        return WindowGradientTraits<kHeadDim, 0>::shared_bytes(channels, groups, per_channel, keys);
+        return Traits<0>::shared_bytes(channels, groups, per_channel, keys);
     }
   }
 

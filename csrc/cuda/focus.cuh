@@ -94,14 +94,6 @@ struct LaneScale {
   }
 };
 
-/// The block's copy of 1 / scale, in shared memory.
-template <typename T>
-__device__ __forceinline__ void load_inverse_scale(float* inverse, const FocusParams& params, int channels) {
-  for (int c = threadIdx.x; c < channels; c += blockDim.x) {
-    inverse[c] = params.scale.data ? 1.0f / element<T>(params.scale, c) : 1.0f;
-  }
-}
-
 /// Of one token: |y|^2 and |y^p|^2, of a y that was multiplied by `prescale` before it was raised.
 struct Norms {
   float linear, power, prescale = 1.0f;
@@ -169,12 +161,12 @@ class SliceGroup {
  public:
   /// Bytes of shared memory for `groups` groups of `slices` warps.
   static constexpr __host__ __device__ int shared_bytes(int groups, int slices) {
-    return 2 * groups * slices * 32 * 8;
+    return 2 * groups * slices * kSlotBytes;
   }
 
   __device__ SliceGroup(void* shared, int group, int groups, int slice, int slices)
-      : buffer_(static_cast<float2*>(shared) + group * slices * 32),
-        flip_(groups * slices * 32),
+      : buffer_(shared_address(shared) + group * slices * kSlotBytes),
+        flip_(groups * slices * kSlotBytes),
         group_(group),
         slice_(slice),
         slices_(slices) {}
@@ -188,14 +180,15 @@ class SliceGroup {
   /// The same among `count` slices from `first` on, though all have to come.
   template <typename Add>
   __device__ __forceinline__ float2 exchange(float2 partial, int lane, Add add, int first, int count) {
-    buffer_[slice_ * 32 + lane] = partial;
+    store_shared_pair<0>(slot(slice_, lane), partial);
     barrier();
-    const float2* from = buffer_ + first * 32 + lane;
+    uint32_t from = slot(first, lane);
     buffer_ += flip_;  // next time the other half: the readers of this one may still be at it then
     flip_ = -flip_;
-    float2 total = *from;
+    keep(buffer_), keep(count);  // or what is made of them takes registers all the time
+    float2 total = load(from);
 #pragma unroll 4
-    for (int s = 1; s < count; ++s) total = add(total, *(from += 32));
+    for (int s = 1; s < count; ++s) total = add(total, load(from += kSlotBytes));
     return total;
   }
 
@@ -204,11 +197,22 @@ class SliceGroup {
 
   /// What the warp of `slice` brought to the last exchange, until the next one.
   __device__ __forceinline__ float2 brought(int slice, int lane) const {
-    return buffer_[flip_ + slice * 32 + lane];
+    return load(slot(slice, lane) + flip_);
   }
 
  private:
-  float2* buffer_;
+  static constexpr int kSlotBytes = 32 * sizeof(float2);  // what a warp brings
+
+  __device__ __forceinline__ uint32_t slot(int slice, int lane) const {
+    return buffer_ + slice * kSlotBytes + lane * sizeof(float2);
+  }
+  static __device__ __forceinline__ float2 load(uint32_t address) {
+    float x[2];
+    load_shared_pair<0>(x, address);
+    return {x[0], x[1]};
+  }
+
+  uint32_t buffer_;  // in shared memory
   int flip_, group_, slice_, slices_;
 };
 

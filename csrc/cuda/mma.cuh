@@ -180,6 +180,11 @@ __device__ __forceinline__ void load_shared_pair(float (&x)[2], uint32_t address
   asm volatile("ld.shared.v2.f32 {%0,%1}, [%2+%3];" : "=f"(x[0]), "=f"(x[1]) : "r"(address), "n"(kOffset));
 }
 template <int kOffset>
+__device__ __forceinline__ void store_shared_pair(uint32_t address, float2 x) {
+  asm volatile("st.shared.v2.f32 [%0+%1], {%2,%3};" ::"r"(address), "n"(kOffset), "f"(x.x), "f"(x.y)
+               : "memory");
+}
+template <int kOffset>
 __device__ __forceinline__ void store_shared(uint32_t address, const uint32_t (&x)[4]) {
   asm volatile("st.shared.v4.b32 [%0+%1], {%2,%3,%4,%5};" ::"r"(address), "n"(kOffset), "r"(x[0]), "r"(x[1]),
                "r"(x[2]), "r"(x[3])

@@ -69,6 +69,47 @@ struct RowTerms {
   float own_prescale_;
 };
 
+/// What a lane's tokens add to the gradient of scale, a pair of channels 8t + 2w and 8t + 2w + 1 at a time.
+struct RegisterSums {
+  static constexpr bool kFewRegisters = false;
+  template <int w>
+  __device__ __forceinline__ float2 get() const {
+    return pairs_[w];
+  }
+  template <int w>
+  __device__ __forceinline__ void set(float2 x) {
+    pairs_[w] = x;
+  }
+
+ private:
+  float2 pairs_[4] = {};
+};
+
+/// The same in shared memory, where a kernel has no registers for them.
+struct SharedSums {
+  static constexpr bool kFewRegisters = true;
+  static constexpr __host__ __device__ int bytes(int channels) { return channels * 32; }
+
+  __device__ __forceinline__ explicit SharedSums(const void* shared)
+      : address_(shared_address(shared) + threadIdx.x / 32 * 1024 + threadIdx.x % 32 * 8) {
+    keep(address_);
+    unrolled<4>([&](auto w) { set<w>({0.0f, 0.0f}); });
+  }
+  template <int w>
+  __device__ __forceinline__ float2 get() const {
+    float x[2];
+    load_shared_pair<w * 256>(x, address_);
+    return {x[0], x[1]};
+  }
+  template <int w>
+  __device__ __forceinline__ void set(float2 x) {
+    store_shared_pair<w * 256>(address_, x);
+  }
+
+ private:
+  uint32_t address_;
+};
+
 /// All bits of the 16-bit halves that are above zero, none of those that are zero; below zero there are none.
 __device__ __forceinline__ uint32_t above_zero(uint32_t x) {
   uint32_t mask;
@@ -76,9 +117,9 @@ __device__ __forceinline__ uint32_t above_zero(uint32_t x) {
   return mask;
 }
 
-template <typename T, typename Product>
+template <typename T, typename Sums, typename Product>
 __device__ __forceinline__ void gradient_of_cubes(uint32_t (&x)[4][4], const float* inverse_scale, float eps,
-                                                  const RowTerms& terms, float (&scale_sum)[8], Product r) {
+                                                  const RowTerms& terms, Sums& scale_sums, Product r) {
   float gain[4];
 #pragma unroll
   for (int row = 0; row < 4; ++row) gain[row] = 3.0f * terms.gain[row];
@@ -88,6 +129,7 @@ __device__ __forceinline__ void gradient_of_cubes(uint32_t (&x)[4][4], const flo
     const float2 b = {eps * a.x, eps * a.y};
     float d[2][4];
     r(word, d);
+    float2 sums = scale_sums.template get<w>();
 #pragma unroll
     for (int row = 0; row < 4; ++row) {
       const uint32_t positive = Pair<T>::relu(x[row][w]);
@@ -99,22 +141,24 @@ __device__ __forceinline__ void gradient_of_cubes(uint32_t (&x)[4][4], const flo
         return dy;
       };
       const float* pair = &d[row / 2][row % 2 * 2];
-      const float low = gradient(fmaf(input.x, a.x, b.x), pair[0], scale_sum[2 * w]);
-      const float high = gradient(fmaf(input.y, a.y, b.y), pair[1], scale_sum[2 * w + 1]);
+      const float low = gradient(fmaf(input.x, a.x, b.x), pair[0], sums.x);
+      const float high = gradient(fmaf(input.y, a.y, b.y), pair[1], sums.y);
       x[row][w] = Pair<T>::pack(low * a.x, high * a.y) & above_zero(positive);
     }
+    scale_sums.template set<w>(sums);
   });
 }
 
-template <typename T, typename Product>
+template <typename T, typename Sums, typename Product>
 __device__ __forceinline__ void gradient_of_powers(uint32_t (&x)[4][4], const LaneBias& bias,
                                                    const float* inverse_scale, const FocusParams& params,
-                                                   const RowTerms& terms, float (&scale_sum)[8], Product r) {
+                                                   const RowTerms& terms, Sums& scale_sums, Product r) {
   unrolled<4>([&](auto word) {
     constexpr int w = word;
     const float2 scale = *reinterpret_cast<const float2*>(inverse_scale + 2 * w);
     float d[2][4];
     r(word, d);
+    float2 sums = scale_sums.template get<w>();
 #pragma unroll
     for (int row = 0; row < 4; ++row) {
       const float2 input = add_bias<T>(Pair<T>::unpack(x[row][w]), bias, 0, row, 2 * w);
@@ -126,45 +170,60 @@ __device__ __forceinline__ void gradient_of_powers(uint32_t (&x)[4][4], const La
         return value > 0.0f ? dy * terms.prescale[row] * a : 0.0f;
       };
       const float* pair = &d[row / 2][row % 2 * 2];
-      const float low = gradient(input.x, scale.x, pair[0], scale_sum[2 * w]);
-      x[row][w] = Pair<T>::pack(low, gradient(input.y, scale.y, pair[1], scale_sum[2 * w + 1]));
+      const float low = gradient(input.x, scale.x, pair[0], sums.x);
+      x[row][w] = Pair<T>::pack(low, gradient(input.y, scale.y, pair[1], sums.y));
     }
+    scale_sums.template set<w>(sums);
   });
 }
 
-/// dx of the inputs x, in their place. Adds to scale_sum[i] what channel 8t + i contributes to the gradient
+/// dx of the inputs x, in their place. Adds to scale_sums what the lane's channels contribute to the gradient
 /// of 1 / scale, times 1 / scale. r(b, d): d = block b of r over the gain, in the layout of `times`.
-template <typename T, int kMode, typename Product>
+template <typename T, int kMode, typename Sums, typename Product>
 __device__ __forceinline__ void gradient_rows(uint32_t (&x)[4][4], const LaneBias& bias,
                                               const float* inverse_scale, const FocusParams& params,
-                                              RowTerms& terms, float (&scale_sum)[8], Product r) {
+                                              RowTerms& terms, Sums& scale_sums, Product r) {
   if (kMode == 3 && !terms.prescaled && !bias.bias.data) {
-    gradient_of_cubes<T>(x, inverse_scale, params.eps, terms, scale_sum, r);
+    gradient_of_cubes<T>(x, inverse_scale, params.eps, terms, scale_sums, r);
   } else {
     terms.load_prescale();
-    gradient_of_powers<T>(x, bias, inverse_scale, params, terms, scale_sum, r);
+    gradient_of_powers<T>(x, bias, inverse_scale, params, terms, scale_sums, r);
   }
 }
 
-/// Sums the warps' scale_sum into this block's row of partial gradients of scale. `sums`: channels floats.
-__device__ __forceinline__ void store_scale(float* row, float* sums, const float* inverse_scale,
-                                            float (&scale_sum)[8], int warp_channel, int group, int groups,
-                                            const Lane& lane) {
+/// The block's copy of 1 / scale.
+template <typename T, typename Block>
+__device__ __forceinline__ void load_inverse_scale(const Block& block, const FocusParams& params) {
+  for (int c = threadIdx.x; c < block.channels; c += blockDim.x) {
+    block.inverse_scale(c / kSliceChannels)[c % kSliceChannels] =
+        params.scale.data ? 1.0f / element<T>(params.scale, c) : 1.0f;
+  }
+}
+
+/// Sums the lanes' scale_sums into this block's row of partial gradients of scale.
+template <typename Block, typename Sums>
+__device__ __forceinline__ void store_scale(float* row, const Block& block, const Sums& scale_sums, int slice,
+                                            int group, int groups, const Lane& lane) {
+  float sum[8];
+  unrolled<4>([&](auto w) {
+    const float2 pair = scale_sums.template get<w>();
+    sum[2 * w] = pair.x, sum[2 * w + 1] = pair.y;
+  });
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    float& sum = scale_sum[i];
-    sum += shuffle_xor<4>(sum);
-    sum += shuffle_xor<8>(sum);
-    sum += shuffle_xor<16>(sum);
+    sum[i] += shuffle_xor<4>(sum[i]);
+    sum[i] += shuffle_xor<8>(sum[i]);
+    sum[i] += shuffle_xor<16>(sum[i]);
   }
+  float* sums = block.scale_sums(slice) + 8 * lane.t;
+  const float* inverse_scale = block.inverse_scale(slice) + 8 * lane.t;
   for (int turn = 0; turn < groups; ++turn) {  // in order
     __syncthreads();
     if (turn == group && lane.g == 0) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const int c = warp_channel + 8 * lane.t + i;
-        sums[c] = turn ? sums[c] + scale_sum[i] : scale_sum[i];
-        if (turn == groups - 1) row[c] = -sums[c] * inverse_scale[c];
+        sums[i] = turn ? sums[i] + sum[i] : sum[i];
+        if (turn == groups - 1) row[slice * kSliceChannels + 8 * lane.t + i] = -sums[i] * inverse_scale[i];
       }
     }
   }

@@ -131,14 +131,14 @@ struct StateGradient {
       *reinterpret_cast<float2*>(to) = make_float2(s[b][i][2 * h], s[b][i][2 * h + 1]);
     });
   }
-  /// m to an array of all channels.
-  __device__ __forceinline__ void store_mean(float* mean, int slice, const Lane& lane) const {
+  /// m to an array of the slice's channels.
+  __device__ __forceinline__ void store_mean(float* mean, const Lane& lane) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (lane.t != (kHeads == 2 ? 2 * i : 0)) continue;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        mean[slice * kSliceChannels + 16 * i + 8 * h + lane.g] = m[i][2 * h] + m[i][2 * h + 1];
+        mean[16 * i + 8 * h + lane.g] = m[i][2 * h] + m[i][2 * h + 1];
       }
     }
   }
@@ -165,7 +165,9 @@ template <typename T, bool kSplit, int kHeadDim, int kStages>
 __device__ __forceinline__ void load_state(const BackwardBlock<kHeadDim, kStages>& block,
                                            const float* state) {
   const float* mean = state + block.channels * kHeadDim;
-  for (int c = threadIdx.x; c < block.channels; c += blockDim.x) block.mean[c] = mean[c];
+  for (int c = threadIdx.x; c < block.channels; c += blockDim.x) {
+    block.mean(c / kSliceChannels)[c % kSliceChannels] = mean[c];
+  }
   if (block.group == 0) {
     StateGradient<T, kHeadDim> s;
     s.load_matrix(state, block.slice, block.lane);

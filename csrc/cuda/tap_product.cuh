@@ -96,8 +96,10 @@ struct PixelRows {
   __device__ __forceinline__ void point_window(uint32_t window, uint32_t zeros, int pixel_bytes, int width,
                                                int height, int left, int top, const Lane& lane) {
     static_assert(kTaps <= 5);
-    const int matrix = lane.index / 8, row_bytes = width * pixel_bytes;
-    left += lane.index % 8;
+    int index = lane.index;
+    keep(index);  // no part of this is known ahead of a loop over steps
+    const int matrix = index / 8, row_bytes = width * pixel_bytes;
+    left += index % 8;
     const auto at = [&](int x, int y) {
       const bool inside = static_cast<unsigned>(x) < static_cast<unsigned>(width) &&
                           static_cast<unsigned>(y) < static_cast<unsigned>(height);

@@ -21,8 +21,7 @@ constexpr int max_threads(int head_dim, int taps = 0) { return head_dim <= 32 &&
 constexpr int kBackwardThreads = 256;
 /// Whether they sum the gradients of the taps too: the 50 sums of 7 x 7 would not fit in a lane's registers.
 constexpr bool sums_taps(int taps) { return taps == 3 || taps == 5; }
-/// Of the one launch with more channels than that, in heads of 32: a few numbers that a step needs once are
-/// spilled.
+/// Of the one launch with more channels than that, in heads of 32.
 constexpr int kWideThreads = 384;
 
 /// Where the tokens of a window lie in memory (params.h, Geometry).

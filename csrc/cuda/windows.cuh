@@ -1,6 +1,7 @@
 // Where the tokens of a window lie in memory (params.h, Geometry), in 32-bit arithmetic.
 #pragma once
 
+#include "mma.cuh"
 #include "tensorcore_params.h"
 
 namespace flatten::cuda::tensorcore {
@@ -10,12 +11,14 @@ struct Window {
   int image, y, x;  // y, x: of its first pixel on the rolled map
 
   __device__ Window(const WindowGrid& grid, int index) {
-    const int per_image = grid.windows_h * grid.windows_w;
+    int per_row = grid.windows_w;
+    keep(per_row);  // no more of this is known ahead of a loop over windows
+    const int per_image = grid.windows_h * per_row;
     image = index / per_image;
     const int inside = index - image * per_image;
-    const int row = inside / grid.windows_w;
+    const int row = inside / per_row;
     y = row * grid.window_h + grid.shift_h;
-    x = (inside - row * grid.windows_w) * grid.window_w + grid.shift_w;
+    x = (inside - row * per_row) * grid.window_w + grid.shift_w;
   }
 
   /// First token of the window's pixel row, and what a column adds to it. Below zero, an unsigned number is
