@@ -14,30 +14,44 @@ struct Kernels {
   int window_threads = kBackwardThreads;
 };
 
-template <int kHeadDim, int kMode>
+template <Dtype kDtype, int kHeadDim, int kMode>
 Kernels kernels(std::int64_t channels) {
-  Kernels found{&backward_kernels<Dtype::kBFloat16, kHeadDim, kMode>(),
-                &window_gradient_kernels<Dtype::kBFloat16, kHeadDim, kMode>()};
+  Kernels found{&backward_kernels<kDtype, kHeadDim, kMode>()};
+  if constexpr (kHeadDim <= 64) found.window = &window_gradient_kernels<kDtype, kHeadDim, kMode>();
   if constexpr (kHeadDim == 32) {
     if (channels > kBackwardThreads) {
-      found.window = &window_gradient_kernels<Dtype::kBFloat16, kHeadDim, kMode, kWideThreads>();
+      found.window = &window_gradient_kernels<kDtype, kHeadDim, kMode, kWideThreads>();
       found.window_threads = kWideThreads;
     }
   }
   return found;
 }
 
+/// kCubic: the kernels of p = 3 where the call is of it and there are any.
+template <Dtype kDtype, int kCubic>
 Kernels kernels_of(const AttentionBackward& p) {
-  if (p.dtype != Dtype::kBFloat16) return {};
   const bool cubic = p.mapping.focusing_factor == 3;
   const std::int64_t channels = p.geometry.channels();
   switch (p.geometry.head_dim) {
     case 16:
-      return kernels<16, kRuntimeMode>(channels);
+      return kernels<kDtype, 16, kRuntimeMode>(channels);
     case 32:
-      return cubic ? kernels<32, 3>(channels) : kernels<32, kRuntimeMode>(channels);
+      return cubic ? kernels<kDtype, 32, kCubic>(channels) : kernels<kDtype, 32, kRuntimeMode>(channels);
     case 64:
-      return cubic ? kernels<64, 3>(channels) : kernels<64, kRuntimeMode>(channels);
+      return cubic ? kernels<kDtype, 64, kCubic>(channels) : kernels<kDtype, 64, kRuntimeMode>(channels);
+    case 128:
+      return kernels<kDtype, 128, kRuntimeMode>(channels);
+    default:
+      return {};
+  }
+}
+
+Kernels kernels_of(const AttentionBackward& p) {
+  switch (p.dtype) {
+    case Dtype::kBFloat16:
+      return kernels_of<Dtype::kBFloat16, 3>(p);
+    case Dtype::kFloat16:
+      return kernels_of<Dtype::kFloat16, kRuntimeMode>(p);
     default:
       return {};
   }
@@ -70,7 +84,8 @@ Plan plan_of(const AttentionBackward& p, const Device& device) {
             Chunks(static_cast<int>(g.window_queries()), windows, kBackwardThreads / channels, device),
             Strips(keys, windows, device, fits)};
   const std::int64_t tokens = std::max(g.window_queries(), g.window_keys());
-  if (tokens <= kMaxTokens && (tokens <= kFewTokens || windows >= kManyWindows) && taps != 7) {
+  if (kernels.window && tokens <= kMaxTokens && (tokens <= kFewTokens || windows >= kManyWindows) &&
+      taps != 7) {
     for (int groups = keys.window_w <= kPatchColumns ? 1 : kMaxPatches; groups > 0 && !plan.groups;
          --groups) {
       const int shared = kernels.window->shared_bytes(taps, channels, groups, p.taps.per_channel,
@@ -129,7 +144,7 @@ KeyGradientParams key_params_of(const AttentionBackward& p, const Plan& plan,
 bool takes(const AttentionBackward& p, const Device& device) {
   const Kernels kernels = kernels_of(p);
   if (!kernels.passes || !p.mapping.focused || !suits(p, device)) return false;
-  if (p.geometry.head_dim == 64 && taps_of(p) == 7) return false;  // their operands do not fit the registers
+  if (p.geometry.head_dim >= 64 && taps_of(p) == 7) return false;  // their operands do not fit the registers
   if (!p.grad_query.data || !p.grad_key.data || !p.grad_value.data || !aligned(p.grad_out)) return false;
   for (const MutableTokens* x : {&p.grad_query, &p.grad_key, &p.grad_value}) {
     if (!aligned(*x)) return false;

@@ -5,39 +5,55 @@
 // drops what mixes them. The warps of all slices of the same tokens are a group (SliceGroup).
 #pragma once
 
-#include "focus.cuh"
+#include "range.cuh"
 #include "windows.cuh"
 
 namespace flatten::cuda::tensorcore {
 
-/// A warp's tile as fragments of A, [slice][r][w]: of token g + 8r either the words of the lane's vector, the
-/// channels 8t + 2w and 8t + 2w + 1 (tile order), or the channels 8w + 2t and 8w + 2t + 1 (their own order).
+/// The tiles of kSlices slices as fragments of A, [slice][r][w]: of token g + 8r either the words of the
+/// lane's vector, the channels 8t + 2w and 8t + 2w + 1 (tile order), or the channels 8w + 2t and 8w + 2t + 1
+/// (their own order). As a function (s, r, words), what `times` takes.
 template <int kSlices>
-using TileWords = uint32_t[kSlices][4][4];
+struct TileWords {
+  uint32_t words[kSlices][4][4];
 
-/// d = tile times n-block: d[i][0..1] of token g + 16i, d[i][2..3] of token g + 16i + 8; plus `start`.
+  template <typename S, typename R>
+  __device__ __forceinline__ void operator()(S s, R r, uint32_t (&x)[4]) const {
+#pragma unroll
+    for (int w = 0; w < 4; ++w) x[w] = words[s][r][w];
+  }
+};
+
+/// The tiles that load(s, r, words) brings: now, or of a head of 128 whenever they are used, since registers
+/// do not hold them.
+template <int kSlices, typename Load>
+__device__ __forceinline__ auto hold(Load load) {
+  if constexpr (kSlices <= 2) {
+    TileWords<kSlices> tiles;
+    unrolled<kSlices>([&](auto s) { unrolled<4>([&](auto r) { load(s, r, tiles.words[s][r]); }); });
+    return tiles;
+  } else {
+    return load;
+  }
+}
+
+/// d = tiles times n-block: d[i][0..1] of token g + 16i, d[i][2..3] of token g + 16i + 8; plus `start`.
 /// block(s, f): its B fragments, of the channels of slice s.
-template <typename T, int kSlices, typename Block>
-__device__ __forceinline__ void times(float (&d)[2][4], const TileWords<kSlices>& tile, Block block,
+template <typename T, int kSlices, typename Tiles, typename Block>
+__device__ __forceinline__ void times(float (&d)[2][4], const Tiles& tiles, Block block,
                                       const float (&start)[2][4] = {}) {
   unrolled<kSlices>([&](auto s) {
     uint32_t f[4];
     block(s, f);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t (&upper)[4] = tile[s][2 * i], (&lower)[4] = tile[s][2 * i + 1];
+    unrolled<2>([&](auto i) {
+      uint32_t upper[4], lower[4];
+      tiles(s, Constant<2 * i>{}, upper);
+      tiles(s, Constant<2 * i + 1>{}, lower);
       const float (&sum)[4] = s > 0 ? static_cast<const float (&)[4]>(d[i]) : start[i];
       mma<T>(d[i], upper[0], lower[0], upper[1], lower[1], f[0], f[1], sum);
       mma<T>(d[i], upper[2], lower[2], upper[3], lower[3], f[2], f[3], d[i]);
-    }
+    });
   });
-}
-
-template <typename T>
-__device__ __forceinline__ void pack_tile(uint32_t (&words)[4][4], const float (&x)[4][8]) {
-#pragma unroll
-  for (int i = 0; i < 16; ++i)
-    words[i / 4][i % 4] = Pair<T>::pack(x[i / 4][i % 4 * 2], x[i / 4][i % 4 * 2 + 1]);
 }
 
 __device__ __forceinline__ void store_tile(uint32_t address, const uint32_t (&words)[4][4]) {
@@ -60,25 +76,25 @@ struct BackwardLayout {
   static constexpr int kNumbers = kMean + kPartners * 512;
   static constexpr int kSliceBytes = kNumbers + 3 * kSliceChannels * 4;
 
+  static constexpr int kFront = 128;  // of the block, for one number, see agree_on_scale
   static constexpr __host__ __device__ int fixed_bytes(int channels, int groups) {
     const int slices = channels / kSliceChannels;
-    return slices * kSliceBytes + SliceGroup::shared_bytes(groups, slices);
+    return slices * kSliceBytes + SliceGroup::shared_bytes(groups, slices) + kFront;
   }
   static constexpr __host__ __device__ int tile_bytes(int channels, int groups) {
     return channels / kSliceChannels * groups * kTileBytes;
   }
 };
 
-/// A warp's view of its block.
-template <int kHeadDim, int kStages>
+/// A warp's view of its block. kShort: of registers, so that addresses are computed where they are used.
+template <int kHeadDim, int kStages, bool kShort = false>
 struct BackwardBlock {
   using Layout = BackwardLayout<kHeadDim, kStages>;
   static constexpr int kPartners = Layout::kPartners;
   static constexpr int kPartnerBytes = Layout::kSliceBytes - Layout::kMatrix;
 
   Lane lane;
-  int channels, slices, groups, group, slice, partner;
-  int position;  // of the lane's vector in a tile or fragment: so that an 8x8 block's rows lie in other banks
+  int channels, slices, groups, group, slice;
   // In shared memory one after the other: what slices have, first, where addresses take the least registers;
   // what warps exchange, tiles, and the rest.
   unsigned char *states, *exchange, *tiles, *rest;
@@ -86,19 +102,31 @@ struct BackwardBlock {
   uint32_t rows;  // of S, see `row_block`
 
   __device__ __forceinline__ BackwardBlock(unsigned char* shared, int channels, int groups)
-      : channels(channels), slices(channels / kSliceChannels), groups(groups), states(shared) {
-    const int warp = threadIdx.x / 32;
-    group = groups > 1 ? warp / slices : 0, slice = warp - group * slices, partner = slice % kPartners;
-    position = lane.g * 4 + (lane.t ^ lane.g / 2);
+      : channels(channels),
+        slices(channels / kSliceChannels),
+        groups(groups),
+        states(shared + Layout::kFront) {
+    int warp = threadIdx.x / 32;
+    keep_if<kShort>(warp);  // so that a block made anew is computed anew
+    group = groups > 1 ? warp / slices : 0, slice = warp - group * slices;
     exchange = states + slices * Layout::kSliceBytes;
-    tiles = exchange + SliceGroup::shared_bytes(groups, slices);
+    tiles = shared + Layout::fixed_bytes(channels, groups);
     rest = tiles + Layout::tile_bytes(channels, groups);
-    tile = shared_address(tiles) + warp * Layout::kTileBytes + position * 16;
+    tile = shared_address(tiles) + warp * Layout::kTileBytes + position() * 16;
     const int matrix = lane.index / 8, r = lane.index % 8, row = r / 2 * 8 + r % 2;
-    rows = slice_state() - partner * kPartnerBytes + (row + 2 * matrix) * 64 + (r / 2 ^ matrix) * 16;
-    keep(position), keep(tile), keep(rows);
+    rows = slice_state() - partner() * kPartnerBytes + (row + 2 * matrix) * 64 + (r / 2 ^ matrix) * 16;
+    keep(tile), keep(rows);
   }
 
+  /// Of the lane's vector in a tile or fragment, so that an 8x8 block's rows lie in other banks: t ^ g / 2 of
+  /// its row.
+  __device__ __forceinline__ int position() const { return position(lane.index); }
+  static __device__ __forceinline__ int position(int index) { return index ^ index / 8; }
+  __device__ __forceinline__ int partner() const {  // of the head's slices
+    int slice = this->slice;
+    keep_if<kShort>(slice);
+    return slice % kPartners;
+  }
   __device__ __forceinline__ int first_channel() const { return slice * kSliceChannels + 8 * lane.t; }
   __device__ __forceinline__ uint32_t slice_state() const { return slice_state(slice); }
   __device__ __forceinline__ uint32_t slice_state(int slice) const {
@@ -111,7 +139,7 @@ struct BackwardBlock {
     return numbers(slice) + 2 * kSliceChannels;
   }
   /// The warp's first tile.
-  __device__ __forceinline__ uint32_t warp_tile() const { return tile - position * 16; }
+  __device__ __forceinline__ uint32_t warp_tile() const { return tile - position() * 16; }
   /// The lane's word of row g of a tile, channels 8 b + 2t; that of row g + 8 is 512 bytes on.
   __device__ __forceinline__ uint32_t word(uint32_t tile, int b) const {
     return tile + lane.g * 64 + (lane.g / 2 ^ b) * 16 + 4 * lane.t;
@@ -130,57 +158,78 @@ struct BackwardBlock {
   /// For the transpose of S: its columns of slice s by the slice's own rows, numbers 8 b and on in tile
   /// order.
   __device__ __forceinline__ auto column_block(int b) const {
-    int matrix = lane.index / 8;
-    keep(matrix);
-    const uint32_t columns = rows + partner * kPartnerBytes - matrix * 128;
+    int index = lane.index;
+    keep_if<kShort>(index);
+    const uint32_t columns = rows + partner() * kPartnerBytes - index / 8 * 128;
     return [from = flip(columns, b * 16) + b * 128](auto s, uint32_t (&f)[4]) {
       load_matrix_x4<s * Layout::kMatrix>(f, from);
     };
   }
   /// For m, its rows in tile order, as pack_mean has laid it out.
   __device__ __forceinline__ auto mean_block() const {
-    int vector = position, slice = this->slice;
-    keep(vector), keep(slice);  // or a register holds the address all the time
-    return [from = slice_state(slice) + Layout::kMean + vector * 16](auto s, uint32_t (&f)[4]) {
+    int index = lane.index, slice = this->slice;
+    keep_if<kShort>(index), keep_if<kShort>(slice);
+    return [from = slice_state(slice) + Layout::kMean + position(index) * 16](auto s, uint32_t (&f)[4]) {
       load_shared<s * 512>(f, from);
     };
   }
   /// For ldmatrix: row lane % 8 of the 8x8 block of tokens 8 r and on, channels 8 c and on, of a warp's tile.
   __device__ __forceinline__ uint32_t block_row(int r, int c) const {
-    const int row = lane.index % 8;
+    int row = lane.index % 8;
+    keep_if<(kPartners > 2)>(row);
     return warp_tile() + r * 512 + row * 64 + (c ^ row / 2) * 16;
   }
 
   /// What partner p has where this warp has `address`.
   __device__ __forceinline__ uint32_t of_partner(uint32_t address, int p) const {
-    return address + (p - partner) * Layout::kTileBytes;
+    return address + (p - partner()) * Layout::kTileBytes;
   }
   /// The tiles of all partners at `address`, a lane's vector: in tile order.
-  __device__ __forceinline__ void load_tiles(TileWords<kPartners>& words, uint32_t address) const {
-#pragma unroll
-    for (int p = 0; p < kPartners; ++p) {
-      unrolled<4>([&](auto r) { load_shared<r * 512>(words[p][r], of_partner(address, p)); });
-    }
+  __device__ __forceinline__ auto tiles_at(uint32_t address) const {
+    return hold<kPartners>([from = of_partner(address, 0)](auto s, auto r, uint32_t (&x)[4]) {
+      load_shared<s * Layout::kTileBytes + r * 512>(x, from);
+    });
   }
   /// Those where this warp's block_row(lane.index / 8, 0) is `row`, channels in their own order.
-  __device__ __forceinline__ void load_tiles_in_order(TileWords<kPartners>& words, uint32_t row) const {
+  __device__ __forceinline__ auto tiles_in_order(uint32_t row) const {
     int matrix = lane.index / 8;
-    keep(matrix);
+    keep_if<kShort>(matrix);
     row = (row - matrix * 512) ^ (matrix * 16);
-#pragma unroll
-    for (int p = 0; p < kPartners; ++p) {
-      unrolled<4>([&](auto r) { load_matrix_x4<r * 512>(words[p][r], of_partner(row, p)); });
-    }
+    return hold<kPartners>([from = of_partner(row, 0)](auto s, auto r, uint32_t (&x)[4]) {
+      load_matrix_x4<s * Layout::kTileBytes + r * 512>(x, from);
+    });
+  }
+
+  /// fp16: what S and m, or their gradients, are multiplied by. All threads agree on it here, by the largest
+  /// magnitude that any of them knows of; synchronises.
+  template <typename T>
+  __device__ __forceinline__ float agree_on_scale(float largest) const {
+    if constexpr (!kNarrow<T>) return 1.0f;
+    auto* most = reinterpret_cast<unsigned*>(states - Layout::kFront);
+    __syncthreads();  // nobody needs the one before
+    if (threadIdx.x == 0) *most = 0;
+    __syncthreads();
+    largest = warp_max(largest);
+    if (lane.index == 0) atomicMax(most, __float_as_uint(largest));
+    __syncthreads();
+    return state_scale<T>();
+  }
+  template <typename T>
+  __device__ __forceinline__ float state_scale() const {
+    if constexpr (!kNarrow<T>) return 1.0f;
+    float largest[2];
+    load_shared_pair<0>(largest, shared_address(states - Layout::kFront));
+    return fit(largest[0]);
   }
 
   /// B fragments of `mean`: kSplit: of this head, each column twice (rounded, and what that cuts off) and the
   /// lane's own head in its columns; else of the slice, once.
   template <typename T, bool kSplit>
   __device__ __forceinline__ void pack_mean() const {
-    uint4* to = reinterpret_cast<uint4*>(states + slice * Layout::kSliceBytes + Layout::kMean) + position;
+    uint4* to = reinterpret_cast<uint4*>(states + slice * Layout::kSliceBytes + Layout::kMean) + position();
 #pragma unroll
     for (int p = 0; p < (kSplit ? kPartners : 1); ++p) {
-      const float* from = mean(kSplit ? slice - partner + p : slice) + 8 * lane.t;
+      const float* from = mean(kSplit ? slice - partner() + p : slice) + 8 * lane.t;
       const bool used = kSplit ? Layout::kHeads == 1 || lane.t / 2 == lane.g / 4 : lane.g < 2;
       uint32_t word[4];
 #pragma unroll

@@ -14,7 +14,7 @@ namespace flatten::cuda::tensorcore {
 
 template <int kHeadDim, int kTaps>
 struct KeyGradientTraits {
-  static constexpr int kStages = kHeadDim == 64 || kTaps == 7 ? 1 : 2;  // one for room, or for registers
+  static constexpr int kStages = kHeadDim >= 64 || kTaps == 7 ? 1 : 2;  // one for room, or for registers
   using Layout = BackwardLayout<kHeadDim, kStages>;
   static constexpr int kSlices = 1;  // RowLoader: of a warp
   // Gradients of the taps: as the keys are passed over, or behind them, where the 26 sums of 5 x 5 would not
@@ -52,18 +52,17 @@ struct KeyGradientTraits {
 /// Rows y0 to y_end of the patch of columns x0 and on. grads.begin_step(y) is called by all warps before a
 /// step and waits for what it needs, grads.point(y, pixels) says where its grad_out is. The block holds dS
 /// and dm. kSumTaps: adds to `taps`, too.
-template <typename T, int kHeadDim, int kTaps, int kMode, bool kSumTaps, int kStages, typename Grads,
-          int kTapsToSum, typename Sums>
-__device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages>& block, SliceGroup& group,
-                                         const KeyGradientParams& params, const Window& window, int x0,
-                                         int y0, int y_end, Grads& grads, const LaneTaps<kTaps>& lane_taps,
-                                         TapGradient<T, kTapsToSum>& taps, Sums& scale_sums) {
+template <typename T, int kHeadDim, int kTaps, int kMode, bool kSumTaps, int kStages, bool kShort,
+          typename Grads, int kTapsToSum, typename Sums>
+__device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages, kShort>& block,
+                                         SliceGroup& group, const KeyGradientParams& params,
+                                         const Window& window, int x0, int y0, int y_end, Grads& grads,
+                                         const LaneTaps<kTaps>& lane_taps, TapGradient<T, kTapsToSum>& taps,
+                                         Sums& scale_sums) {
   using Layout = BackwardLayout<kHeadDim, kStages>;
   constexpr int kPartners = Layout::kPartners;
-  constexpr bool kFindAnew = kStages == 1 && Sums::kFewRegisters;  // tokens, where they are stored
   const Lane& lane = block.lane;
   const WindowGrid& grid = params.grid;
-  const int first_channel = block.first_channel(), slice_channel = block.slice * kSliceChannels;
   const float* inverse_scale = block.inverse_scale(block.slice) + 8 * lane.t;
   const float* mean = block.mean(block.slice) + 8 * lane.t;
 
@@ -75,10 +74,10 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages>&
   const int x = x0 + lane.g, token_x = window.column(grid, min(x, width - 1));
   int y_stop = x < width ? y_end : y0;  // the lane's rows
   if (grid.raster) y_stop = min(y_stop, (params.tokens - x + grid.map_w - 1) / grid.map_w);
-  const auto base = [&](const TokenArray& x, int channel) {  // as query_pass
-    int image = window.image, first = channel;
-    keep(image), keep(first);
-    return static_cast<const char*>(x.data) + image * x.image + first * 2u;
+  const auto base = [&](const TokenArray& x, int channel) {  // of the slice; as query_pass
+    int image = window.image, slice = block.slice;
+    keep(image), keep_if<kShort>(slice);
+    return static_cast<const char*>(x.data) + image * x.image + (slice * kSliceChannels + channel) * 2u;
   };
   const auto find = [&](int (&token)[4], int y) {
     int last_row = grid.window_h - 1;
@@ -87,9 +86,13 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages>&
     for (int r = 0; r < 4; ++r)
       token[r] = min(window.row(grid, min(y + r, last_row)) + token_x, params.tokens - 1);
   };
+  const auto find_inside = [&](int (&token)[4], int y) {  // right for rows of the window
+#pragma unroll
+    for (int r = 0; r < 4; ++r) token[r] = window.row(grid, y + r) + token_x;
+  };
   int token[4], stage = 0;
   const auto load = [&](int at, int y) {
-    const char *key = base(params.key, first_channel), *value = base(params.value, first_channel);
+    const char *key = base(params.key, 8 * lane.t), *value = base(params.value, 8 * lane.t);
     find(token, y);
     unrolled<4>([&](auto r) {
       copy_async<r * 512, 0>(block.tile + at, key + static_cast<int64_t>(token[r]) * params.key.token);
@@ -106,18 +109,34 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages>&
     if (!patch_inside) continue;
 
     const uint32_t key_tile = block.tile + stage, value_tile = key_tile + Layout::kSecond;
-    const LaneBias bias{params.focus.key_bias, params.channels,        first_channel,
-                        y * grid.window_w + x, params.window_keys - 1, grid.window_w};
-    TileWords<kPartners> w;
-    const Norms norms = focus.pack(key_tile, bias, [&](const float (&powers)[1][4][8]) {
-      pack_tile<T>(w[0], powers[0]);
-      if constexpr (kPartners > 1) store_tile(block.tile + Layout::kShared, w[0]);
+    const auto bias = [&] {  // made where it is used: it takes no registers between
+      int row = y;
+      keep_if<kShort>(row);
+      return LaneBias{params.focus.key_bias,  params.channels,
+                      block.first_channel(),  row * grid.window_w + x0 + lane.g,
+                      params.window_keys - 1, grid.window_w};
+    };
+    TileWords<1> own;
+    float own_room;
+    const Norms norms = focus.pack(key_tile, bias(), [&](const float (&powers)[1][4][8]) {
+      own_room = pack_powers<T, kPartners>(own.words[0], powers[0], group, lane);
+      if constexpr (kPartners > 1) store_tile(block.tile + Layout::kShared, own.words[0]);
     });
-    if constexpr (kPartners > 1) block.load_tiles(w, block.tile + Layout::kShared);
+    const auto w = [&] {
+      if constexpr (kPartners > 1) {
+        return block.tiles_at(block.tile + Layout::kShared);
+      } else {
+        return own;
+      }
+    }();
     const bool own_inside = y + lane.t < y_stop;
-    const float own_factor = own_inside ? phi_factor(norms) : 0.0f;
-    float factor[4];  // gathered where it is used: the taps need the registers
-    int out[4];       // tokens, of one stage found anew, to hold no registers while the taps need them
+    // In fp16 w is times own_room, and r, as dS and dm, over own_unscale.
+    const float own_unroom = kNarrow<T> ? __fdividef(1.0f, own_room) : 1.0f;
+    const float own_unscale = kNarrow<T> ? __fdividef(1.0f, block.template state_scale<T>()) : 1.0f;
+    const float own_factor = own_inside ? phi_factor(norms) * own_unscale : 0.0f;
+    constexpr bool kGatherAnew = kShort || kHeadDim > 32;  // where the taps need the registers between
+    float factor[4];
+    int out[4];  // tokens, of one stage found anew, to hold no registers while the taps need them
 #pragma unroll
     for (int r = 0; r < 4; ++r) out[r] = token[r];
     if (kStages > 1 && y + kStepRows < y_end) load(stage ^ Layout::kTile, y + kStepRows);
@@ -126,13 +145,7 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages>&
     float dot[4];
     {
       float d[2][4];
-      TileWords<1> own;
-      if constexpr (kPartners > 1) {
-        unrolled<4>([&](auto r) { load_shared<r * 512>(own[0][r], block.tile + Layout::kShared); });
-        times<T, 1>(d, own, block.mean_block());
-      } else {
-        times<T, 1>(d, w, block.mean_block());
-      }
+      times<T, 1>(d, own, block.mean_block());
 #pragma unroll
       for (int r = 0; r < 4; ++r) dot[r] = d[r / 2][r % 2 * 2] + d[r / 2][r % 2 * 2 + 1];
     }
@@ -147,9 +160,10 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages>&
         }
       }
     }
+    if (!kGatherAnew) quad_gather(factor, own_factor * own_unroom);
 #pragma unroll 1
     for (int pair = 0; pair < 2; ++pair) {
-      quad_gather(factor, own_factor);
+      if (kGatherAnew) quad_gather(factor, own_factor * own_unroom);
       uint32_t word[2][4];
       unrolled<2>([&](auto half) {
         const int b = 2 * pair + half;
@@ -171,10 +185,10 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages>&
         for (int r = 0; r < 4; ++r)
           word[half][r] = Pair<T>::pack(o[r / 2][r % 2 * 2], o[r / 2][r % 2 * 2 + 1]);
       });
-      if (kFindAnew) find(out, y);
+      if (kShort) find_inside(out, y);
       const bool odd = lane.t % 2;  // neighbours swap a word, for whole sectors
-      char* to_value = const_cast<char*>(
-          base(params.grad_value, slice_channel + pair * 16 + lane.t % 2 * 8 + lane.t / 2 * 4));
+      char* to_value =
+          const_cast<char*>(base(params.grad_value, pair * 16 + lane.t % 2 * 8 + lane.t / 2 * 4));
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         const uint32_t other = shuffle_xor<1>(odd ? word[0][r] : word[1][r]);
@@ -186,11 +200,10 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages>&
 
     // dk.
     const auto plus = [](float2 a, float2 b) { return float2{a.x + b.x, 0.0f}; };
-    const float total = group.exchange({quad_sum(dot, lane.t), 0.0f}, lane.index, plus).x;
-    quad_gather(factor, own_factor);
+    const float total = group.exchange({quad_sum(dot, lane.t) * own_unroom, 0.0f}, lane.index, plus).x;
+    if (kGatherAnew || kNarrow<T>) quad_gather(factor, own_factor);
     RowTerms terms(factor, own_factor, own_inside ? total : 0.0f, norms);
-    TileWords<kPartners> v;
-    block.load_tiles_in_order(v, value_row);
+    const auto v = block.tiles_in_order(value_row);
     uint32_t k[4][4];
     unrolled<4>([&](auto r) { load_shared<r * 512>(k[r], key_tile); });
     const auto product = [&](auto b, float (&r)[2][4]) {
@@ -198,9 +211,9 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages>&
       const float start[2][4] = {{m.x, m.y, m.x, m.y}, {m.x, m.y, m.x, m.y}};
       times<T, kPartners>(r, v, block.column_block(b), start);
     };
-    gradient_rows<T, kMode>(k, bias, inverse_scale, params.focus, terms, scale_sums, product);
-    char* to_key = const_cast<char*>(base(params.grad_key, first_channel));
-    if (kFindAnew) find(out, y);
+    gradient_rows<T, kMode>(k, bias(), inverse_scale, params.focus, terms, scale_sums, product);
+    char* to_key = const_cast<char*>(base(params.grad_key, 8 * lane.t));
+    if (kShort) find_inside(out, y);
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       if (y + r < y_stop) {
@@ -219,8 +232,8 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages>&
 }
 
 /// The gradients of the taps alone, over the same pixels and with the same `grads`.
-template <typename T, int kHeadDim, int kTaps, int kStages, typename Grads>
-__device__ __forceinline__ void tap_pass(const BackwardBlock<kHeadDim, kStages>& block,
+template <typename T, int kHeadDim, int kTaps, int kStages, bool kShort, typename Grads>
+__device__ __forceinline__ void tap_pass(const BackwardBlock<kHeadDim, kStages, kShort>& block,
                                          const KeyGradientParams& params, const Window& window, int x0,
                                          int y0, int y_end, Grads& grads, TapGradient<T, kTaps>& taps) {
   const WindowGrid& grid = params.grid;
@@ -321,9 +334,9 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   const LaneTaps<kTaps> lane_taps(tap_table, tap_rows, block.slice * kSliceChannels % tap_rows, lane);
   load_state<T, false>(block, state);
 
-  SliceGroup group(block.exchange, patch, params.patches, block.slice, block.slices);
+  SliceGroup group(block.exchange, patch, block.slice, block.slices);
   TapGradient<T, kTapsAlong ? kTaps : 0> along;
-  RegisterSums scale_sums;
+  RegisterSums scale_sums(nullptr);
   key_pass<T, kHeadDim, kTaps, kMode, kTapsAlong>(block, group, params, window, x0 + patch * kPatchColumns,
                                                   y0, y_end, grads, lane_taps, along, scale_sums);
   const int64_t row = (static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;

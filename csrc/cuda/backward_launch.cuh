@@ -11,8 +11,7 @@ namespace flatten::cuda::tensorcore {
 template <typename T, int kHeadDim, int kMode>
 struct Backward {
   static int query_shared(int channels, int groups) {
-    using Layout = BackwardLayout<kHeadDim, 2>;
-    return Layout::fixed_bytes(channels, groups) + Layout::tile_bytes(channels, groups);
+    return QueryGradientTraits<kHeadDim>::shared_bytes(channels, groups);
   }
 
   static cudaError_t query(const QueryGradientParams& params, int chunks, int windows, cudaStream_t stream) {

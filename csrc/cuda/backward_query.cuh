@@ -13,26 +13,27 @@ namespace flatten::cuda::tensorcore {
 
 /// Tokens begin + 32 (group + n groups) and on of a window, up to `end`: adds their part of dS and dm to
 /// `sum` and of scale's gradient to scale_sums. The block holds S and m.
-template <typename T, int kHeadDim, int kMode, int kStages, typename Sums>
-__device__ __forceinline__ void query_pass(const BackwardBlock<kHeadDim, kStages>& block, SliceGroup& group,
-                                           const QueryGradientParams& params, const Window& window, int begin,
-                                           int end, StateGradient<T, kHeadDim>& sum, Sums& scale_sums) {
+template <typename T, int kHeadDim, int kMode, int kStages, bool kShort, typename Sums>
+__device__ __forceinline__ void query_pass(const BackwardBlock<kHeadDim, kStages, kShort>& block,
+                                           SliceGroup& group, const QueryGradientParams& params,
+                                           const Window& window, int begin, int end,
+                                           StateGradient<T, kHeadDim>& sum, Sums& scale_sums) {
   using Layout = BackwardLayout<kHeadDim, kStages>;
   constexpr int kPartners = Layout::kPartners;
   const Lane& lane = block.lane;
-  const int first_channel = block.first_channel();
   const float* inverse_scale = block.inverse_scale(block.slice) + 8 * lane.t;
   const float* mean = block.mean(block.slice) + 8 * lane.t;
   const auto base = [&](const TokenArray& x) {  // made where it is used: it takes no registers between
-    int image = window.image, first = first_channel;
-    keep(image), keep(first);
-    return static_cast<const char*>(x.data) + image * x.image + first * 2u;
+    int image = window.image, slice = block.slice;
+    keep(image), keep_if<kShort>(slice);
+    return static_cast<const char*>(x.data) + image * x.image + (slice * kSliceChannels + 8 * lane.t) * 2u;
   };
 
   // The lane's vectors of q and grad_out; tokens past the end repeat the last one.
   int token[4], stage = 0;
+  const auto find = [&](int first) { window.tokens(token, params.grid, first + lane.g, end - 1); };
   const auto load = [&](int at, int first) {
-    window.tokens(token, params.grid, first + lane.g, end - 1);
+    find(first);
     const char *query = base(params.query), *grad = base(params.grad_out);
     unrolled<4>([&](auto r) {
       copy_async<r * 512, 0>(block.tile + at, query + static_cast<int64_t>(token[r]) * params.query.token);
@@ -49,30 +50,30 @@ __device__ __forceinline__ void query_pass(const BackwardBlock<kHeadDim, kStages
     const uint32_t query_tile = block.tile + stage;
     copy_async_wait<0>();
     TileWords<1> w;
+    float own_room;
     const Norms norms = focus.pack(query_tile, [&](const float (&powers)[1][4][8]) {
-      pack_tile<T>(w[0], powers[0]);
-      if constexpr (kPartners > 1) store_tile(block.tile + Layout::kShared, w[0]);
+      own_room = pack_powers<T, kPartners>(w.words[0], powers[0], group, lane);
+      if constexpr (kPartners > 1) store_tile(block.tile + Layout::kShared, w.words[0]);
     });
-    int out[4];  // tokens
-#pragma unroll
-    for (int r = 0; r < 4; ++r) out[r] = token[r];
+    const int out[4] = {token[0], token[1], token[2], token[3]};
     if (kStages > 1 && first + stride < end) load(stage ^ Layout::kTile, first + stride);
 
     // share, and g / den in the place of g. A token past the end has neither.
     const float own_eps = __fdividef(params.eps, phi_factor(norms));
+    const float state_scale = block.template state_scale<T>();
     float share[4], own_share;
     {
-      TileWords<kPartners> all;
-      if constexpr (kPartners > 1) {
-        block.load_tiles(all, block.tile + Layout::kShared);
-      } else {
-#pragma unroll
-        for (int i = 0; i < 16; ++i) all[0][i / 4][i % 4] = w[0][i / 4][i % 4];
-      }
+      const auto all = [&] {
+        if constexpr (kPartners > 1) {
+          return block.tiles_at(block.tile + Layout::kShared);
+        } else {
+          return w;
+        }
+      }();
       float d[2][4];
       times<T, kPartners>(d, all, block.mean_block());
       float eps[4], inverse[Layout::kHeads][4], shares[Layout::kHeads][4] = {};
-      quad_gather(eps, own_eps);
+      quad_gather(eps, own_eps * own_room * state_scale);
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         const float den = d[r / 2][r % 2 * 2] + d[r / 2][r % 2 * 2 + 1] + eps[r];
@@ -85,13 +86,25 @@ __device__ __forceinline__ void query_pass(const BackwardBlock<kHeadDim, kStages
         }
       }
       const int grad_tile = stage + Layout::kSecond;
+      if constexpr (kNarrow<T>) {
+        float largest = 0.0f;
+        unrolled<4>([&](auto r) {
+          uint32_t g[4];
+          load_shared<r * 512>(g, block.tile + grad_tile);
+          const bool second = Layout::kHeads == 2 && lane.t >= 2;  // head of the lane's channels
+          largest = fmaxf(largest, Pair<T>::largest(g) * inverse[second ? Layout::kHeads - 1 : 0][r]);
+        });
+        sum.make_room(group.largest_of_partners<kPartners>(warp_max(largest), lane.index));
+#pragma unroll
+        for (int i = 0; i < 4 * Layout::kHeads; ++i) inverse[i / 4][i % 4] *= sum.u_scale.value;
+      }
       const uint32_t grad_row = block.block_row(lane.index / 8, 0) + grad_tile;
-      unrolled<4>([&](auto b) {
+      const auto quotients = [&](auto b) {
         times<T, kPartners>(d, all, block.row_block(b));
         uint32_t g[4];  // channels 8 b + 2t of token g + 8r
         load_matrix_x4<0>(g, grad_row ^ b * 16);
         __syncwarp();  // before words take the place of others' rows
-        constexpr int head = b * Layout::kHeads / 4;
+        const int head = Layout::kHeads == 1 ? 0 : b * Layout::kHeads / 4;
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
           const float2 x = Pair<T>::unpack(g[r]);
@@ -101,12 +114,20 @@ __device__ __forceinline__ void query_pass(const BackwardBlock<kHeadDim, kStages
         }
         const uint32_t to = block.word(block.warp_tile() + grad_tile, b);
         unrolled<4>([&](auto r) { store_shared<r * 512>(to, g[r]); });
-      });
+      };
+      if constexpr (kPartners <= 2) {
+        unrolled<4>(quotients);
+      } else {  // in registers that are few
+#pragma unroll 1
+        for (int b = 0; b < 4; ++b) quotients(b);
+      }
+      const float unscale = kNarrow<T> ? __fdividef(1.0f, sum.u_scale.value) : 1.0f;
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        share[r] = shares[0][r] * inverse[0][r] * inverse[0][r];
+        share[r] = shares[0][r] * inverse[0][r] * (inverse[0][r] * unscale);
         if constexpr (Layout::kHeads == 2) {
-          const float first_head = share[r], second_head = shares[1][r] * inverse[1][r] * inverse[1][r];
+          const float first_head = share[r],
+                      second_head = shares[1][r] * inverse[1][r] * (inverse[1][r] * unscale);
           share[r] = first_head + second_head;
           shares[0][r] = lane.t < 2 ? first_head : second_head;  // of head t / 2, and of the other
           shares[1][r] = lane.t < 2 ? second_head : first_head;
@@ -122,29 +143,34 @@ __device__ __forceinline__ void query_pass(const BackwardBlock<kHeadDim, kStages
       }
     }
     const auto plus = [](float2 a, float2 b) { return float2{a.x + b.x, 0.0f}; };
-    const float dot = group.exchange({own_share, 0.0f}, lane.index, plus).x * own_eps;
+    // In fp16 share and u = g / den are times u_scale / (own_room state_scale), r times u_scale / own_room.
+    const float own_gain = kNarrow<T> ? __fdividef(own_room, sum.u_scale.value) : 1.0f;
+    const float shares = group.exchange({own_share * own_gain * state_scale, own_share}, lane.index, plus).x;
+    const float dot = shares * own_eps * (kNarrow<T> ? __fdividef(1.0f, own_gain) : 1.0f);
     if constexpr (kPartners > 1) {
       own_share = 0.0f;
 #pragma unroll
       for (int p = 0; p < kPartners; ++p)
-        own_share += group.brought(block.slice - block.partner + p, lane.index).x;
+        own_share += group.brought(block.slice - block.partner() + p, lane.index).y;
     }
     if constexpr (Layout::kHeads == 1) quad_gather(share, own_share);
 #pragma unroll
     for (int r = 0; r < 4; ++r) share[r] = -share[r];
 
     uint32_t x[4][4];
-    unrolled<4>([&](auto r) { load_shared<r * 512>(x[r], query_tile); });
+    const auto load_query = [&] { unrolled<4>([&](auto r) { load_shared<r * 512>(x[r], query_tile); }); };
     if constexpr (kPartners == 1) {  // w takes the place of q
-      store_tile(query_tile, w[0]);
+      load_query();
+      store_tile(query_tile, w.words[0]);
       __syncwarp();
     }
     sum.add(block, kPartners > 1 ? Layout::kShared : stage, stage + Layout::kSecond, share);
+    if constexpr (kPartners > 1) load_query();
 
-    TileWords<kPartners> u;
-    block.load_tiles_in_order(u, block.block_row(lane.index / 8, 0) + stage + Layout::kSecond);
-    const float ones[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-    RowTerms terms(ones, 1.0f, dot, norms);
+    const auto u = block.tiles_in_order(block.block_row(lane.index / 8, 0) + stage + Layout::kSecond);
+    float gain[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+    if constexpr (kNarrow<T>) quad_gather(gain, own_gain);
+    RowTerms terms(gain, own_gain, dot, norms);
     const auto product = [&](auto b, float (&r)[2][4]) {
       const float2 m = *reinterpret_cast<const float2*>(mean + 2 * b);
       float start[2][4];
@@ -154,10 +180,12 @@ __device__ __forceinline__ void query_pass(const BackwardBlock<kHeadDim, kStages
     };
     gradient_rows<T, kMode>(x, LaneBias{}, inverse_scale, params.focus, terms, scale_sums, product);
     char* to = const_cast<char*>(base(params.grad_query));
+    if (kShort) find(first);
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       if (first + lane.g + 8 * r < end) {
-        *reinterpret_cast<uint4*>(to + static_cast<int64_t>(out[r]) * params.grad_query.token) =
+        const int64_t at = kShort ? token[r] : out[r];
+        *reinterpret_cast<uint4*>(to + at * params.grad_query.token) =
             make_uint4(x[r][0], x[r][1], x[r][2], x[r][3]);
       }
     }
@@ -174,38 +202,66 @@ __device__ __forceinline__ void query_pass(const BackwardBlock<kHeadDim, kStages
   copy_async_wait<0>();  // of a group without a step
 }
 
+template <int kHeadDim>
+struct QueryGradientTraits {
+  // A head of 128 leaves room for one tile of an input, and registers for its 128 sums of S alone.
+  static constexpr int kStages = kHeadDim <= 64 ? 2 : 1;
+  using Layout = BackwardLayout<kHeadDim, kStages>;
+  static constexpr bool kShort = kHeadDim > 64;
+  using Sums = std::conditional_t<kShort, SharedSums, RegisterSums>;
+
+  static constexpr __host__ __device__ int sums_at(int channels, int groups) {
+    return Layout::fixed_bytes(channels, groups) + Layout::tile_bytes(channels, groups);
+  }
+  static constexpr __host__ __device__ int shared_bytes(int channels, int groups) {
+    const int pass = sums_at(channels, groups) + (kShort ? SharedSums::bytes(channels * groups) : 0);
+    const int slices = channels / kSliceChannels;
+    const int sums = Layout::fixed_bytes(channels, groups) +
+                     (groups > 1 ? slices * StateGradient<__nv_bfloat16, kHeadDim>::kBytes : 0);
+    return pass > sums ? pass : sums;
+  }
+};
+
 template <typename T, int kHeadDim, int kMode>
 __global__ void __launch_bounds__(kBackwardThreads)
     backward_query(const __grid_constant__ QueryGradientParams params) {
 #if __CUDA_ARCH__ >= 800
-  constexpr int kStages = 2;
+  using Traits = QueryGradientTraits<kHeadDim>;
+  using Block = BackwardBlock<kHeadDim, Traits::kStages, Traits::kShort>;
   extern __shared__ __align__(128) unsigned char shared[];
-  const BackwardBlock<kHeadDim, kStages> block(shared, params.channels, params.groups);
-  const Lane& lane = block.lane;
-  const int begin = blockIdx.x * params.chunk, end = min(begin + params.chunk, params.queries);
-  const Window window(params.grid, blockIdx.y);
-  const int64_t index = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
-  const int64_t state_size = static_cast<int64_t>(params.channels) * (kHeadDim + 1);
-
-  load_inverse_scale<T>(block, params.focus);
-  load_state<T, true>(block, params.state + blockIdx.y * state_size);
+  const auto state_size = [&] {
+    int channels = params.channels;
+    keep(channels);
+    return static_cast<int64_t>(channels) * (kHeadDim + 1);
+  };
   StateGradient<T, kHeadDim> sum;
-  SliceGroup group(block.exchange, block.group, params.groups, block.slice, block.slices);
-  RegisterSums scale_sums;
-  query_pass<T, kHeadDim, kMode>(block, group, params, window, begin, end, sum, scale_sums);
-
-  // ---- Partial sums: over the groups in order, then to memory.
+  typename Traits::Sums scale_sums(shared + Traits::sums_at(params.channels, params.groups));
+  {
+    const Block block(shared, params.channels, params.groups);
+    load_inverse_scale<T>(block, params.focus);
+    load_state<T, true>(block, params.state + blockIdx.y * state_size());
+  }
+  {
+    const Block block(shared, params.channels, params.groups);
+    const int begin = blockIdx.x * params.chunk, end = min(begin + params.chunk, params.queries);
+    SliceGroup group(block.exchange, block.group, block.slice, block.slices);
+    query_pass<T, kHeadDim, kMode>(block, group, params, Window(params.grid, blockIdx.y), begin, end, sum,
+                                   scale_sums);
+  }
+  // Partial sums: over the groups in order, then to memory. The block is made anew each time: what one part
+  // knows of it takes no registers in another.
+  const Block block(shared, params.channels, params.groups);
+  const int64_t index = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
   if (params.scale_partials) {
     store_scale(params.scale_partials + index * params.channels, block, scale_sums, block.slice, block.group,
-                params.groups, lane);
+                params.groups, block.lane);
   }
+  sum.finish(params.inverse_keys * block.template state_scale<T>());
   sum.add_groups(block);
   if (block.group == 0) {
-    sum.scale(params.inverse_keys);
-    sum.store_matrix(params.partial + index * state_size, block.slice, lane);
-    sum.store_mean(
-        params.partial + index * state_size + params.channels * kHeadDim + block.slice * kSliceChannels,
-        lane);
+    float* partial = params.partial + index * state_size();
+    sum.store_matrix(partial, block.slice, block.lane);
+    sum.store_mean(partial + params.channels * kHeadDim + block.slice * kSliceChannels, block.lane);
   }
 #endif
 }

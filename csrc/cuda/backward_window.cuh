@@ -32,7 +32,7 @@ struct WindowGradientTraits {
 };
 
 /// grad_out of the window, whole, and a pixel of zeros behind it.
-template <typename Layout>
+template <typename Layout, bool kShort>
 struct ResidentGrads {
   const KeyGradientParams& params;
   const Lane& lane;
@@ -73,13 +73,13 @@ struct ResidentGrads {
   // Computed where they are used: registers hold none of this between.
   __device__ __forceinline__ uint32_t pixels() const {  // at the slice's first channel
     int slice = this->slice, channels = params.channels;
-    keep(slice), keep(channels);
+    keep_if<kShort>(slice), keep_if<kShort>(channels);
     return shared + Layout::fixed_bytes(channels, groups) + Layout::tile_bytes(channels, groups) +
            slice * kSliceChannels * 2;
   }
   __device__ __forceinline__ int pixel_bytes() const {
     int channels = params.channels;
-    keep(channels);
+    keep_if<kShort>(channels);
     return KeyGradientTraits<32, 0>::pixel_bytes(channels);
   }
   __device__ __forceinline__ uint32_t zeros(uint32_t pixels, int pixel_bytes) const {
@@ -92,8 +92,8 @@ struct ResidentGrads {
 template <typename T, int kHeadDim, int kTaps, int kMode, bool kWide>
 class WindowGradient {
   using Traits = WindowGradientTraits<kHeadDim, kTaps, kWide>;
-  using Block = BackwardBlock<kHeadDim, Traits::kStages>;
-  using Grads = ResidentGrads<typename Traits::Layout>;
+  using Block = BackwardBlock<kHeadDim, Traits::kStages, kWide>;
+  using Grads = ResidentGrads<typename Traits::Layout, kWide>;
 
  public:
   using Sums = typename Traits::Sums;
@@ -116,11 +116,7 @@ class WindowGradient {
 
   /// Of scale, from zero.
   __device__ __forceinline__ Sums sums() const {
-    if constexpr (kWide) {
-      return Sums(tap_table(block()) + Traits::Rows::taps_bytes(channels(), keys_.per_channel));
-    } else {
-      return {};
-    }
+    return Sums(tap_table(block()) + Traits::Rows::taps_bytes(channels(), keys_.per_channel));
   }
 
   /// dq. Leaves dS and dm where S and m were.
@@ -133,12 +129,14 @@ class WindowGradient {
                                      params_.query.queries, sum, scale_sums);
     }
     const Block block = this->block();
+    sum.finish(params_.query.inverse_keys * block.template state_scale<T>());
     sum.add_groups(block);
     __syncthreads();
+    const float factor =
+        block.template agree_on_scale<T>(kNarrow<T> && block.group == 0 ? sum.largest() : 0.0f);
     if (block.group == 0) {
-      sum.scale(params_.query.inverse_keys);
-      sum.pack(block);
-      sum.store_mean(block.mean(block.slice), block.lane);
+      sum.pack(block, factor);
+      sum.store_mean(block.mean(block.slice), block.lane, factor);
     }
     __syncthreads();
     if (block.group == 0) block.template pack_mean<T, false>();
@@ -193,7 +191,7 @@ class WindowGradient {
     return block.rest + Traits::grad_bytes(channels(), keys_.grid.window_h * keys_.grid.window_w);
   }
   __device__ __forceinline__ SliceGroup group(const Block& block) const {
-    return SliceGroup(block.exchange, block.group, groups(), block.slice, block.slices);
+    return SliceGroup(block.exchange, block.group, block.slice, block.slices);
   }
   static __device__ __forceinline__ Window window(const WindowGrid& grid) {
     int index = blockIdx.x;

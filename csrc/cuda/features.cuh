@@ -9,7 +9,7 @@
 // without taps, where nothing hides it: 3.0e-3 from float64, and 2.8e-3 with norms in fp32.
 #pragma once
 
-#include "focus.cuh"
+#include "range.cuh"
 #include "warp_tile.cuh"
 
 namespace flatten::cuda::tensorcore {
@@ -57,24 +57,6 @@ struct ScaleTable {
   }
 };
 
-/// fp16 only: K is rounded as 2^e K, where e follows the largest number seen, so that neither large inputs
-/// overflow nor small ones vanish. bf16 has fp32's range.
-struct RunningScale {
-  float value = 0x1p100f;
-
-  /// Makes room for a largest number, the warp's; what was summed so far is to be multiplied by what this
-  /// returns.
-  __device__ __forceinline__ float make_room(float largest) {
-    constexpr int kRoom = 13;
-    if (largest * value <= exp2f(kRoom + 1)) return 1.0f;
-    const unsigned exponent = __float_as_uint(largest) >> 23;
-    const float next = __uint_as_float((127 + kRoom + 127 - exponent) << 23);  // 2^(kRoom - exponent)
-    const float change = next / value;
-    value = next;
-    return change;
-  }
-};
-
 /// phi of a warp's tiles (warp_tile.cuh), one after the other. kMode as Focus's. kPartners warps whose slices
 /// follow one another multiply each other's words: fp16 rounds these at one scale.
 template <typename T, int kSlices, int kMode, int kPartners = 1>
@@ -103,7 +85,7 @@ class FeatureMap {
                                           uint32_t tile) const {
     float room[4] = {1.0f, 1.0f, 1.0f, 1.0f};
     const auto pack = [&](const Powers& y) {
-      if constexpr (kHalf) make_room(room, y);
+      if constexpr (kNarrow<T>) make_room(room, y);
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
 #pragma unroll
@@ -129,7 +111,7 @@ class FeatureMap {
     } else {
       finish(focus_.pack(tile, pack));
     }
-    if constexpr (kHalf) {
+    if constexpr (kNarrow<T>) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) denominator[r] *= room[r];
     }
@@ -144,11 +126,12 @@ class FeatureMap {
     const auto use = [&](const Powers& y, const Norms& norms) {
       float factor[4];
       quad_gather(factor, present ? phi_factor(norms) : 0.0f);
-      if constexpr (kHalf) {
+      if constexpr (kNarrow<T>) {
         float largest = 0.0f;
 #pragma unroll
         for (int i = 0; i < 32; ++i) largest = fmaxf(largest, fabsf(y[0][i / 8][i % 8] * factor[i / 8]));
-        change = scale.make_room(of_partners(warp_max(largest)));
+        change =
+            scale.make_room(group_.template largest_of_partners<kPartners>(warp_max(largest), lane_.index));
 #pragma unroll
         for (int r = 0; r < 4; ++r) factor[r] *= scale.value;
       }
@@ -184,34 +167,20 @@ class FeatureMap {
   }
 
  private:
-  static constexpr bool kHalf = std::is_same_v<T, __half>;
   static constexpr bool kByTensorCores = std::is_same_v<T, __nv_bfloat16> && kMode == 3;
   using Map = Focus<T, kSlices, kMode>;
   using Powers = typename Map::Powers;
 
-  /// The largest of what lanes of the same index bring in all partners.
-  __device__ __forceinline__ float of_partners(float x) const {
-    if constexpr (kPartners == 1) return x;
-    const auto larger = [](float2 a, float2 b) { return float2{fmaxf(a.x, b.x), 0.0f}; };
-    return group_.exchange({x, 0.0f}, lane_.index, larger, group_.slice() / kPartners * kPartners, kPartners)
-        .x;
-  }
-
-  /// fp16: what the rows' powers are multiplied by, so that the largest are near the top of the range: Q S
-  /// and Q . m share the factor.
+  /// What the rows' powers are multiplied by: Q S and Q . m share the factor.
   __device__ __forceinline__ void make_room(float (&room)[4], const Powers& y) const {
-    float own = 0.0f;
+    float largest[4] = {};
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      float largest = 0.0f;
 #pragma unroll
-      for (int i = 0; i < kSlices * 8; ++i) largest = fmaxf(largest, fabsf(y[i / 8][r][i % 8]));
-      room[r] = quad_max(largest);
-      if (lane_.t == r) own = room[r];
+      for (int i = 0; i < kSlices * 8; ++i) largest[r] = fmaxf(largest[r], fabsf(y[i / 8][r][i % 8]));
     }
-    if constexpr (kPartners > 1) quad_gather(room, of_partners(own));
-#pragma unroll
-    for (int r = 0; r < 4; ++r) room[r] = fminf(__fdividef(0x1p13f, room[r]), 0x1p100f);
+    quad_gather(room,
+                fit(group_.template largest_of_partners<kPartners>(quad_max(largest, lane_.t), lane_.index)));
   }
 
   /// take(s, r, w, low, high, packed): y^3 of two channels. Returns |y|^2 and |y^3|^2 of the lane's own token

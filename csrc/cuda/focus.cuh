@@ -130,11 +130,6 @@ __device__ __forceinline__ float raise(float y, float p) {
   return result;
 }
 
-__device__ __forceinline__ float quad_max(float v) {
-  v = fmaxf(v, shuffle_xor<1>(v));
-  return fmaxf(v, shuffle_xor<2>(v));
-}
-
 __device__ __forceinline__ float warp_max(float v) {  // v >= 0
   return __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(v)));
 }
@@ -146,6 +141,14 @@ __device__ __forceinline__ float quad_sum(const float (&v)[4], int t) {
   a += shuffle_xor<2>(upper ? v[0] : v[2]);
   b += shuffle_xor<2>(upper ? v[1] : v[3]);
   return (odd ? b : a) + shuffle_xor<1>(odd ? a : b);
+}
+
+/// The same with the largest of four magnitudes.
+__device__ __forceinline__ float quad_max(const float (&v)[4], int t) {
+  const bool upper = t & 2, odd = t & 1;
+  const float a = fmaxf(upper ? v[2] : v[0], shuffle_xor<2>(upper ? v[0] : v[2]));
+  const float b = fmaxf(upper ? v[3] : v[1], shuffle_xor<2>(upper ? v[1] : v[3]));
+  return fmaxf(odd ? b : a, shuffle_xor<1>(odd ? a : b));
 }
 
 /// What the lanes of a quad hold for tokens g + 8t, for all of them: of token g + 8r in value r.
@@ -161,12 +164,12 @@ class SliceGroup {
  public:
   /// Bytes of shared memory for `groups` groups of `slices` warps.
   static constexpr __host__ __device__ int shared_bytes(int groups, int slices) {
-    return 2 * groups * slices * kSlotBytes;
+    return 2 * groups * slices * kSlotBytes + kPairBytes;  // the last for alignment
   }
 
-  __device__ SliceGroup(void* shared, int group, int groups, int slice, int slices)
-      : buffer_(shared_address(shared) + group * slices * kSlotBytes),
-        flip_(groups * slices * kSlotBytes),
+  __device__ SliceGroup(void* shared, int group, int slice, int slices)
+      : buffer_((shared_address(shared) + kPairBytes - 1) / kPairBytes * kPairBytes +
+                group * slices * kPairBytes),
         group_(group),
         slice_(slice),
         slices_(slices) {}
@@ -183,13 +186,20 @@ class SliceGroup {
     store_shared_pair<0>(slot(slice_, lane), partial);
     barrier();
     uint32_t from = slot(first, lane);
-    buffer_ += flip_;  // next time the other half: the readers of this one may still be at it then
-    flip_ = -flip_;
+    buffer_ ^= kSlotBytes;       // next time the other half: the readers of this one may still be at it then
     keep(buffer_), keep(count);  // or what is made of them takes registers all the time
     float2 total = load(from);
 #pragma unroll 4
-    for (int s = 1; s < count; ++s) total = add(total, load(from += kSlotBytes));
+    for (int s = 1; s < count; ++s) total = add(total, load(from += kPairBytes));
     return total;
+  }
+
+  /// The largest of what the lanes of the same index bring in the kPartners slices of a head.
+  template <int kPartners>
+  __device__ __forceinline__ float largest_of_partners(float x, int lane) {
+    if constexpr (kPartners == 1) return x;
+    const auto larger = [](float2 a, float2 b) { return float2{fmaxf(a.x, b.x), 0.0f}; };
+    return exchange({x, 0.0f}, lane, larger, slice_ / kPartners * kPartners, kPartners).x;
   }
 
   __device__ void barrier() { named_barrier(group_ + 1, slices_ * 32); }
@@ -197,14 +207,15 @@ class SliceGroup {
 
   /// What the warp of `slice` brought to the last exchange, until the next one.
   __device__ __forceinline__ float2 brought(int slice, int lane) const {
-    return load(slot(slice, lane) + flip_);
+    return load(slot(slice, lane) ^ kSlotBytes);
   }
 
  private:
-  static constexpr int kSlotBytes = 32 * sizeof(float2);  // what a warp brings
+  // What a warp brings; of every warp the memory for an exchange and that for the next, in turns.
+  static constexpr uint32_t kSlotBytes = 32 * sizeof(float2), kPairBytes = 2 * kSlotBytes;
 
   __device__ __forceinline__ uint32_t slot(int slice, int lane) const {
-    return buffer_ + slice * kSlotBytes + lane * sizeof(float2);
+    return buffer_ + slice * kPairBytes + lane * sizeof(float2);
   }
   static __device__ __forceinline__ float2 load(uint32_t address) {
     float x[2];
@@ -213,7 +224,7 @@ class SliceGroup {
   }
 
   uint32_t buffer_;  // in shared memory
-  int flip_, group_, slice_, slices_;
+  int group_, slice_, slices_;
 };
 
 /// phi of a tile, as one warp sees it: powers y^p of its channels and, for the lane's own token g + 8t, the
@@ -391,13 +402,7 @@ class Focus {
         for (int i = 0; i < 8; ++i) largest[r] = fmaxf(largest[r], fmaf(y[s][r][i], scale.a[i], scale.b[i]));
       }
     }
-    float own = 0.0f;
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      const float row = quad_max(largest[r]);
-      if (lane_.t == r) own = row;
-    }
-    return own;
+    return quad_max(largest, lane_.t);
   }
 
   const FocusParams& params_;

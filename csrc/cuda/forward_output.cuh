@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(max_threads(kHeadDim, kTaps), 1)
   uint32_t state = shared_address(fragments);
   keep(biases), keep(state);
 
-  SliceGroup group(exchange, patch, params.patches, warp, warps);
+  SliceGroup group(exchange, patch, warp, warps);
   const FeatureMap<T, kSlices, kMode> features(params.focus, table, warp_channel, group, lane);
   float eps = params.eps * state_scale;
   RingRows<kTaps, Traits::kRingBlocks> ring_rows(

@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(max_threads(kHeadDim))
   unsigned char* exchange = shared + ScaleTable::bytes(params.channels);
   unsigned char* tiles = exchange + SliceGroup::shared_bytes(params.groups, slices);
   const int stage_bytes = params.groups * slices * kTileBytes;
-  SliceGroup group(exchange, group_index, params.groups, slice, slices);
+  SliceGroup group(exchange, group_index, slice, slices);
   uint32_t keys = shared_address(tiles) + warp * kTileBytes;
   uint32_t own_keys = keys + tile_offset(lane.g, lane.t);  // the lane's vectors
   keep(keys), keep(own_keys);

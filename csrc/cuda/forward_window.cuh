@@ -270,7 +270,7 @@ __global__ void __launch_bounds__(max_threads(kHeadDim, kTaps))
                                       params.per_channel ? channels : kHeadDim);
   }
   __syncthreads();
-  SliceGroup group(exchange, 0, 1, warp, warps);
+  SliceGroup group(exchange, 0, warp, warps);
   const FeatureMap<T, 1, kMode, kPartners> features(params.focus, table, warp_channel, group, lane);
   // What a warp wrote to its tile, the warps of its head are to read; or have read.
   const auto meet = [&] {

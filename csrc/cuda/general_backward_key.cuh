@@ -141,7 +141,7 @@ cudaError_t launch_key_gradient(const BackwardCall& call, cudaStream_t stream) {
   return with_taps<T>(call.params.taps, [&](auto taps) {
     constexpr int K = decltype(taps)::value;
     const auto shared = BackwardShared<A>::template key<K>(plan, call.keys.tiling) * sizeof(A);
-    return launch_kernel(gradient_of_key<T, K>, call, blocks, shared, stream);
+    return launch_kernel(gradient_of_key<T, kernel_taps<T>(K)>, call, blocks, shared, stream);
   });
 }
 

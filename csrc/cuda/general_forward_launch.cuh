@@ -25,7 +25,8 @@ cudaError_t launch_forward(const ForwardCall& call, cudaStream_t stream) {
   if (error != cudaSuccess || call.state_only) return error;
   return with_taps<T>(call.params.taps, [&](auto taps) {
     constexpr int K = decltype(taps)::value;
-    return launch_kernel(attend<T, K>, call, pairs * call.queries.groups * call.queries.chunks,
+    return launch_kernel(attend<T, kernel_taps<T>(K)>, call,
+                         pairs * call.queries.groups * call.queries.chunks,
                          Shared::template queries<K>(plan, call.queries.tiling) * sizeof(A), stream);
   });
 }
@@ -36,7 +37,7 @@ cudaError_t launch_small(const ForwardCall& call, cudaStream_t stream) {
   return with_taps<T>(call.params.taps, [&](auto taps) {
     constexpr int K = decltype(taps)::value;
     const Plan& plan = call.plan;
-    return launch_kernel(attend_small<T, K>, call,
+    return launch_kernel(attend_small<T, kernel_taps<T>(K)>, call,
                          call.params.geometry.batch * plan.windows * call.keys.groups,
                          ForwardShared<A>::template small<K>(plan, call.queries.tiling) * sizeof(A), stream);
   });

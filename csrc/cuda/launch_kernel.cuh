@@ -21,13 +21,11 @@ cudaError_t launch_kernel(void (*kernel)(Call), const Call& call, std::int64_t b
   return cudaGetLastError();
 }
 
-/// Which instantiation takes a kernel size: 3, 5 and 7 are staged; float64 and other sizes are not.
+/// The K of the kernel that takes calls of size k. Of 16-bit types most calls go to tensor-core kernels: one
+/// general kernel has all sizes, and the library builds faster.
 template <class T>
-constexpr int taps_case(const Taps& taps) {
-  const bool square = taps.kernel_h == taps.kernel_w && taps.kernel_h >= 3 && taps.kernel_h <= 7;
-  return std::is_same_v<T, double> || (taps.weight.data && !square) ? kAnyTaps
-         : taps.weight.data                                         ? static_cast<int>(taps.kernel_h)
-                                                                    : 3;
+constexpr int kernel_taps(int k) {
+  return sizeof(T) == 2 ? kRuntimeTaps : k;
 }
 
 template <class T, class F>

@@ -61,6 +61,15 @@ struct Pair<__half> {
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
     return z;
   }
+  /// The largest magnitude of eight.
+  static __device__ __forceinline__ float largest(const uint32_t (&x)[4]) {
+    constexpr uint32_t kMagnitudes = 0x7fff7fff;
+    uint32_t most = x[0] & kMagnitudes;
+#pragma unroll
+    for (int w = 1; w < 4; ++w) asm("max.f16x2 %0, %0, %1;" : "+r"(most) : "r"(x[w] & kMagnitudes));
+    const float2 two = unpack(most);
+    return fmaxf(two.x, two.y);
+  }
 };
 
 // d = a b + c, with the operands' type as a string.
@@ -129,6 +138,12 @@ __device__ __forceinline__ void keep(V& value) {
   } else {
     asm volatile("" : "+r"(value));
   }
+}
+
+/// The same in kernels that are short of registers; elsewhere it would only cost instructions.
+template <bool kShort, typename V>
+__device__ __forceinline__ void keep_if(V& value) {
+  if constexpr (kShort) keep(value);
 }
 
 /// address ^ bits, made where the program says so: the compiler would make all such addresses ahead of a

@@ -11,7 +11,7 @@
 // columns of the four blocks are its eight channels 8t .. 8t + 7.
 #pragma once
 
-#include "focus.cuh"
+#include "range.cuh"
 #include "windows.cuh"
 
 namespace flatten::cuda::tensorcore {
@@ -71,7 +71,7 @@ struct RowTerms {
 
 /// What a lane's tokens add to the gradient of scale, a pair of channels 8t + 2w and 8t + 2w + 1 at a time.
 struct RegisterSums {
-  static constexpr bool kFewRegisters = false;
+  __device__ __forceinline__ explicit RegisterSums(const void*) {}
   template <int w>
   __device__ __forceinline__ float2 get() const {
     return pairs_[w];
@@ -87,7 +87,6 @@ struct RegisterSums {
 
 /// The same in shared memory, where a kernel has no registers for them.
 struct SharedSums {
-  static constexpr bool kFewRegisters = true;
   static constexpr __host__ __device__ int bytes(int channels) { return channels * 32; }
 
   __device__ __forceinline__ explicit SharedSums(const void* shared)
@@ -183,7 +182,8 @@ template <typename T, int kMode, typename Sums, typename Product>
 __device__ __forceinline__ void gradient_rows(uint32_t (&x)[4][4], const LaneBias& bias,
                                               const float* inverse_scale, const FocusParams& params,
                                               RowTerms& terms, Sums& scale_sums, Product r) {
-  if (kMode == 3 && !terms.prescaled && !bias.bias.data) {
+  constexpr bool kCubesToo = kNarrow<T> && kMode == kRuntimeMode;  // fp16 has no kernels of p = 3 alone
+  if ((kMode == 3 || (kCubesToo && params.mode == 3)) && !terms.prescaled && !bias.bias.data) {
     gradient_of_cubes<T>(x, inverse_scale, params.eps, terms, scale_sums, r);
   } else {
     terms.load_prescale();

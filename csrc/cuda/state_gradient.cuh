@@ -10,22 +10,43 @@ struct StateGradient {
   static constexpr int kPartners = BackwardLayout<kHeadDim, 1>::kPartners;
   static constexpr int kHeads = BackwardLayout<kHeadDim, 1>::kHeads;
   static constexpr int kBlocks = 4 * kPartners;
-  static constexpr int kBytes = (2 * kBlocks + 2) * 512;  // in shared memory, of a warp
+  static constexpr int kBytes = (2 * kBlocks + 1) * 512;  // in shared memory, of a warp
   // Accumulators of mma: row 16i + 8h + g of the slice in s[b][i][2h ..], columns 8b + 2t and 8b + 2t + 1 of
-  // the head (head dimension 16: of the warp's two). m by rows, as the sum of two columns.
-  float s[kBlocks][2][4] = {}, m[2][4] = {};
+  // the head (head dimension 16: of the warp's two). m of that row in m[2i + h].
+  float s[kBlocks][2][4] = {}, m[4] = {};
+  // fp16: s is times what u is, m times that and what share is. The first begins where its product with a
+  // large number over a denominator is still one.
+  RunningScale u_scale{0x1p60f}, share_scale;
+
+  /// fp16: u is to be multiplied by u_scale, whose largest magnitude of all partners was `largest` before.
+  __device__ __forceinline__ void make_room(float largest) {
+    const float change = u_scale.make_room(largest);
+    if (change == 1.0f) return;
+    multiply(change, change);
+  }
 
   /// Adds w^T u of 32 tokens, and w^T share. w: address of block_row for this lane's matrix of A, see below;
   /// u: of B, in the tile of partner 0. share: of tokens g + 8r.
-  template <int kStages>
-  __device__ __forceinline__ void add(const BackwardBlock<kHeadDim, kStages>& block, int w_tile, int u_tile,
-                                      const float (&share)[4]) {
+  template <int kStages, bool kShort>
+  __device__ __forceinline__ void add(const BackwardBlock<kHeadDim, kStages, kShort>& block, int w_tile,
+                                      int u_tile, const float (&share)[4]) {
     const Lane& lane = block.lane;
-    const int matrix = lane.index / 8;
+    int matrix = lane.index / 8;
+    keep_if<kShort>(matrix);
     // Blocks of A: tokens 0-7, channels 0-7 and 8-15, then tokens 8-15. Of B: channels 0-7, tokens 0-7 and
     // 8-15, then channels 8-15.
+    float share_factor = 1.0f;
+    if constexpr (kNarrow<T>) {
+      float largest = 0.0f;
+#pragma unroll
+      for (int r = 0; r < 4; ++r) largest = fmaxf(largest, fabsf(share[r]));
+      const float change = share_scale.make_room(warp_max(largest));
+      if (change != 1.0f) multiply(1.0f, change);
+      share_factor = share_scale.value;
+    }
     const uint32_t a_row = block.block_row(matrix / 2, matrix % 2) + w_tile;
     const uint32_t b_row = block.of_partner(block.block_row(matrix % 2, matrix / 2) + u_tile, 0);
+    float columns[2][4] = {};  // of m, as s; the first two of the head are wanted
     unrolled<2>([&](auto step) {
       uint32_t a[2][4];
       load_matrix_x4_transposed<step * 1024>(a[0], a_row);
@@ -37,12 +58,12 @@ struct StateGradient {
       uint32_t column[2];  // of share: its upper half, and what that leaves
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float value = share[2 * step + half];
+        const float value = share[2 * step + half] * share_factor;
         const float upper = Pair<T>::unpack(Pair<T>::pack(value, 0.0f)).x;
         const bool used = lane.t == 0 || (kHeads == 2 && lane.t == 2);
         column[half] = transpose8x8(used ? Pair<T>::pack(upper, value - upper) : 0u);
       }
-      product(m, column[0], column[1]);
+      product(columns, column[0], column[1]);
 #pragma unroll
       for (int p = 0; p < kPartners; ++p) {
         const uint32_t row = b_row + p * BackwardLayout<kHeadDim, kStages>::kTileBytes;
@@ -55,22 +76,44 @@ struct StateGradient {
         }
       }
     });
+#pragma unroll
+    for (int r = 0; r < 4; ++r) m[r] += columns[r / 2][r % 2 * 2] + columns[r / 2][r % 2 * 2 + 1];
   }
 
-  /// Everything times `factor`.
-  __device__ __forceinline__ void scale(float factor) {
+  /// After the last tile: everything times `factor`, and without the scales of fp16.
+  __device__ __forceinline__ void finish(float factor) {
+    if constexpr (kNarrow<T>) {
+      factor /= u_scale.value;
+      multiply(factor, factor / share_scale.value);
+    } else {
+      multiply(factor, factor);
+    }
+  }
+  __device__ __forceinline__ void multiply(float s_factor, float m_factor) {
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) s[b][e / 4][e % 4] *= factor;
-      m[e / 4][e % 4] *= factor;
+      for (int b = 0; b < kBlocks; ++b) s[b][e / 4][e % 4] *= s_factor;
+      if (e < 4) m[e] *= m_factor;
     }
+  }
+
+  /// The largest magnitude that the lane has.
+  __device__ __forceinline__ float largest() const {
+    float most = 0.0f;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) most = fmaxf(most, fabsf(s[b][e / 4][e % 4]));
+      if (e < 4) most = fmaxf(most, fabsf(m[e]));
+    }
+    return most;
   }
 
   /// Adds what the warps of all groups hold, in the order of the groups, for the first: through the tiles,
   /// which nobody may need any more. All threads call it; it synchronises first.
-  template <int kStages>
-  __device__ __forceinline__ void add_groups(const BackwardBlock<kHeadDim, kStages>& block) {
+  template <int kStages, bool kShort>
+  __device__ __forceinline__ void add_groups(const BackwardBlock<kHeadDim, kStages, kShort>& block) {
     float4* shared = reinterpret_cast<float4*>(block.tiles + block.slice * kBytes);
     for (int other = 1; other < block.groups; ++other) {
       __syncthreads();
@@ -88,8 +131,8 @@ struct StateGradient {
       for (int b = 0; b < kBlocks; ++b) {
         shared[(i * kBlocks + b) * 32 + lane] = make_float4(s[b][i][0], s[b][i][1], s[b][i][2], s[b][i][3]);
       }
-      shared[(2 * kBlocks + i) * 32 + lane] = make_float4(m[i][0], m[i][1], m[i][2], m[i][3]);
     }
+    shared[2 * kBlocks * 32 + lane] = make_float4(m[0], m[1], m[2], m[3]);
   }
   __device__ void receive(const float4* shared, int lane) {
     const auto plus = [&](float (&c)[4], int at) {
@@ -100,8 +143,8 @@ struct StateGradient {
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) plus(s[b][i], i * kBlocks + b);
-      plus(m[i], 2 * kBlocks + i);
     }
+    plus(m, 2 * kBlocks);
   }
 
   /// The matrix in a state in memory (launch.h): use(b, i, h, pointer to the lane's two columns).
@@ -132,20 +175,21 @@ struct StateGradient {
     });
   }
   /// m to an array of the slice's channels.
-  __device__ __forceinline__ void store_mean(float* mean, const Lane& lane) const {
+  __device__ __forceinline__ void store_mean(float* mean, const Lane& lane, float factor = 1.0f) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (lane.t != (kHeads == 2 ? 2 * i : 0)) continue;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        mean[16 * i + 8 * h + lane.g] = m[i][2 * h] + m[i][2 * h + 1];
+        mean[16 * i + 8 * h + lane.g] = m[2 * i + h] * factor;
       }
     }
   }
 
-  /// The slice's rows of the matrix, rounded, where the products of BackwardBlock read them.
-  template <int kStages>
-  __device__ __forceinline__ void pack(const BackwardBlock<kHeadDim, kStages>& block) const {
+  /// The slice's rows of the matrix times `factor`, rounded, where the products of BackwardBlock read them.
+  template <int kStages, bool kShort>
+  __device__ __forceinline__ void pack(const BackwardBlock<kHeadDim, kStages, kShort>& block,
+                                       float factor) const {
     using Layout = BackwardLayout<kHeadDim, kStages>;
     unrolled<kBlocks>([&](auto b) {
       unrolled<4>([&](auto rows) {
@@ -153,7 +197,7 @@ struct StateGradient {
         const uint32_t to = block.word(block.slice_state(), b % 4 ^ rows);
         const bool used = kHeads == 1 || b / 2 == i;
         store_shared<b / 4 * Layout::kMatrix + rows * 512>(
-            to, used ? Pair<T>::pack(s[b][i][2 * h], s[b][i][2 * h + 1]) : 0u);
+            to, used ? Pair<T>::pack(s[b][i][2 * h] * factor, s[b][i][2 * h + 1] * factor) : 0u);
       });
     });
   }
@@ -161,18 +205,22 @@ struct StateGradient {
 
 /// S and m, or their gradients, of one window from memory to where the block's products read them. All
 /// threads call it; it synchronises before and after. kSplit: as pack_mean.
-template <typename T, bool kSplit, int kHeadDim, int kStages>
-__device__ __forceinline__ void load_state(const BackwardBlock<kHeadDim, kStages>& block,
+template <typename T, bool kSplit, int kHeadDim, int kStages, bool kShort>
+__device__ __forceinline__ void load_state(const BackwardBlock<kHeadDim, kStages, kShort>& block,
                                            const float* state) {
   const float* mean = state + block.channels * kHeadDim;
+  StateGradient<T, kHeadDim> s;
+  float largest = 0.0f;
+  if (block.group == 0) s.load_matrix(state, block.slice, block.lane);
+  if constexpr (kNarrow<T>) {
+    largest = s.largest();
+    for (int c = threadIdx.x; c < block.channels; c += blockDim.x) largest = fmaxf(largest, fabsf(mean[c]));
+  }
+  const float factor = block.template agree_on_scale<T>(largest);
   for (int c = threadIdx.x; c < block.channels; c += blockDim.x) {
-    block.mean(c / kSliceChannels)[c % kSliceChannels] = mean[c];
+    block.mean(c / kSliceChannels)[c % kSliceChannels] = mean[c] * factor;
   }
-  if (block.group == 0) {
-    StateGradient<T, kHeadDim> s;
-    s.load_matrix(state, block.slice, block.lane);
-    s.pack(block);
-  }
+  if (block.group == 0) s.pack(block, factor);
   __syncthreads();
   if (block.group == 0) block.template pack_mean<T, kSplit>();
   __syncthreads();

@@ -9,6 +9,17 @@
 namespace flatten::cuda {
 
 inline constexpr int kAnyTaps = 0;
+inline constexpr int kRuntimeTaps = -1;  // of a kernel that looks at the call
+
+/// Which instantiation takes a kernel size: 3, 5 and 7 are staged; float64 and other sizes are not.
+template <class T>
+__host__ __device__ constexpr int taps_case(const Taps& taps) {
+  const bool square = taps.kernel_h == taps.kernel_w && taps.kernel_h >= 3 && taps.kernel_h <= 7;
+  return std::is_same_v<T, double> || (taps.weight.data && !square) ? kAnyTaps
+         : taps.weight.data                                         ? static_cast<int>(taps.kernel_h)
+                                                                    : 3;
+}
+
 inline constexpr int kPieceRows = 2, kPieceColumns = 4;
 inline constexpr int kPieces = kSlots / (kPieceRows * kPieceColumns);
 
@@ -165,7 +176,18 @@ __host__ __device__ constexpr int taps_elements(int log_width) {
 template <class T, int K>
 __device__ void convolve(Acc<T>* out, Acc<T>* scratch, const Reader<T>& in, const MapWindow& where, int tile,
                          Columns columns, const TapIndex& index, bool mirrored) {
-  if constexpr (K == kAnyTaps) {
+  if constexpr (K == kRuntimeTaps) {
+    switch (taps_case<T>(index.taps)) {
+      case 3:
+        return convolve<T, 3>(out, scratch, in, where, tile, columns, index, mirrored);
+      case 5:
+        return convolve<T, 5>(out, scratch, in, where, tile, columns, index, mirrored);
+      case 7:
+        return convolve<T, 7>(out, scratch, in, where, tile, columns, index, mirrored);
+      default:
+        return convolve<T, kAnyTaps>(out, scratch, in, where, tile, columns, index, mirrored);
+    }
+  } else if constexpr (K == kAnyTaps) {
     __syncthreads();
     convolve_any<T>(out, in, where, tile, columns, index, mirrored);
   } else {

@@ -18,10 +18,10 @@ cudaError_t launch(const AttentionForward& params, const Device& device, void* w
 cudaError_t launch_state(const AttentionInputs& params, float* state, const Device& device,
                          cudaStream_t stream);
 
-/// Focused attention in bf16 with head dimension 16, 32 or 64, where the gradients of q, k and v are all
-/// asked for; otherwise as forward, but up to 256 channels only (384 in heads of 32 where windows are small),
-/// and no 7 x 7 taps at head dimension 64. The gradients of 7 x 7 taps and the sums of the partial gradients
-/// of parameters are the general implementation's.
+/// Focused attention, where the gradients of q, k and v are all asked for; otherwise as forward, but up to
+/// 256 channels only (384 in heads of 32 where windows are small), what shared memory holds of heads of 128,
+/// and no 7 x 7 taps from head dimension 64 on. The gradients of 7 x 7 taps and the sums of the partial
+/// gradients of parameters are the general implementation's.
 bool takes(const AttentionBackward& params, const Device& device);
 
 /// Rows of partial results.

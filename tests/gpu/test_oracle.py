@@ -44,12 +44,16 @@ HALF = [
     half(on_map(14, 14, heads=3, kernel=(5, 5), window=(7, 7))),
     half(on_map(14, 14, heads=3, kernel=(5, 5), window=(7, 7), shift=(3, 3), key_bias=True), FP16),
     half(on_map(14, 14, heads=12, batch=1, kernel=(5, 5), window=(7, 7))),
+    half(on_map(14, 7, heads=12, batch=1, kernel=(5, 5), window=(7, 7)), FP16),
     half(on_map(14, 14, heads=3, head_dim=64, batch=1, kernel=(5, 5))),
     half(on_map(28, 28, heads=3, batch=1, kernel=(5, 5))),
     half(on_map(28, 28, heads=3, batch=1, kernel=(5, 5), tap_size=0.0)),
     half(on_map(28, 28, heads=1, head_dim=64, batch=1, kernel=(5, 5), tap_size=0.0), FP16),
     half(on_map(28, 28, heads=2, head_dim=64, batch=1, kernel=(3, 3), p=2.0)),
     half(on_map(20, 24, heads=1, head_dim=128, batch=1, kernel=(5, 5))),
+    half(on_map(20, 24, heads=1, head_dim=128, batch=1, kernel=(3, 3), p=2.0, key_bias=True), FP16),
+    half(on_map(9, 20, window=(9, 10), shift=(4, 3), heads=2, head_dim=128, batch=1, tap_size=0.0)),
+    half(Case(queries=300, keys=70, heads=1, head_dim=128, p=2.5), FP16),
     half(on_map(20, 24, heads=4, head_dim=16, batch=1, kernel=(7, 7), p=4.0), FP16),
     half(on_map(20, 24, heads=2, batch=1, kernel=(7, 7), p=1.0, key_bias=True)),
     half(on_map(20, 24, heads=2, batch=1, kernel=(5, 5), per_channel=True, p=3.3)),
@@ -158,6 +162,28 @@ def test_inputs_of_any_size(amplitude, dtype):
     assert_close(call.run(), call.oracle().run(reference), 2 * TOLERANCE[dtype][0], "out")
     for name, gradient in call.gradients().items():
         assert torch.isfinite(gradient).all(), name
+
+
+@pytest.mark.parametrize("power", [3.0, 8.0])
+@pytest.mark.parametrize(
+    ("inputs", "grad_out"), [(1e-3, 1.0), (1.0, 1e-2), (1.0, 1e3), (1e3, 1.0), (3e4, 1.0)]
+)
+@pytest.mark.parametrize(
+    ("shape", "heads", "head_dim"), [((7, 7), 3, 32), ((20, 18), 1, 64), ((17, 18), 1, 128)]
+)
+def test_gradients_in_the_range_of_float16(shape, heads, head_dim, inputs, grad_out, power):
+    """Powers, S and its gradient go beyond it where inputs and gradients do not; one row has no gradient."""
+    case = on_map(*shape, batch=1, heads=heads, head_dim=head_dim, kernel=(5, 5), p=power, amplitude=inputs)
+    call = make(half(case, FP16))
+    with torch.no_grad():
+        for x in call.tensors[:3]:
+            x.clamp_(-6e4, 6e4)
+        call.tensors[2].div_(max(inputs, 1.0) ** 0.5)
+        call.grad_out.mul_(grad_out)
+        call.grad_out[:, :40] = 0.0
+    want = call.oracle().gradients(reference)
+    for name, gradient in call.gradients().items():
+        assert_close(gradient, want[name], 2 * TOLERANCE[FP16][1], f"gradient of {name}")
 
 
 @pytest.mark.parametrize("shape", [(20, 18), (7, 7)])
