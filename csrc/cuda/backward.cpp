@@ -27,8 +27,7 @@ Kernels kernels(std::int64_t channels) {
   return found;
 }
 
-/// kCubic: the kernels of p = 3 where the call is of it and there are any.
-template <Dtype kDtype, int kCubic>
+template <Dtype kDtype>
 Kernels kernels_of(const AttentionBackward& p) {
   const bool cubic = p.mapping.focusing_factor == 3;
   const std::int64_t channels = p.geometry.channels();
@@ -36,9 +35,11 @@ Kernels kernels_of(const AttentionBackward& p) {
     case 16:
       return kernels<kDtype, 16, kRuntimeMode>(channels);
     case 32:
-      return cubic ? kernels<kDtype, 32, kCubic>(channels) : kernels<kDtype, 32, kRuntimeMode>(channels);
+      return cubic ? kernels<kDtype, 32, kCubicMode<kDtype>>(channels)
+                   : kernels<kDtype, 32, kRuntimeMode>(channels);
     case 64:
-      return cubic ? kernels<kDtype, 64, kCubic>(channels) : kernels<kDtype, 64, kRuntimeMode>(channels);
+      return cubic ? kernels<kDtype, 64, kCubicMode<kDtype>>(channels)
+                   : kernels<kDtype, 64, kRuntimeMode>(channels);
     case 128:
       return kernels<kDtype, 128, kRuntimeMode>(channels);
     default:
@@ -49,9 +50,9 @@ Kernels kernels_of(const AttentionBackward& p) {
 Kernels kernels_of(const AttentionBackward& p) {
   switch (p.dtype) {
     case Dtype::kBFloat16:
-      return kernels_of<Dtype::kBFloat16, 3>(p);
+      return kernels_of<Dtype::kBFloat16>(p);
     case Dtype::kFloat16:
-      return kernels_of<Dtype::kFloat16, kRuntimeMode>(p);
+      return kernels_of<Dtype::kFloat16>(p);
     default:
       return {};
   }

@@ -86,9 +86,14 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages, 
     for (int r = 0; r < 4; ++r)
       token[r] = min(window.row(grid, min(y + r, last_row)) + token_x, params.tokens - 1);
   };
-  const auto find_inside = [&](int (&token)[4], int y) {  // right for rows of the window
+  // Right for rows of the window, in fewer instructions; of any power in more registers than there are.
+  const auto find_inside = [&](int (&token)[4], int y) {
+    if constexpr (kMode == 3) {
 #pragma unroll
-    for (int r = 0; r < 4; ++r) token[r] = window.row(grid, y + r) + token_x;
+      for (int r = 0; r < 4; ++r) token[r] = window.row(grid, y + r) + token_x;
+    } else {
+      find(token, y);
+    }
   };
   int token[4], stage = 0;
   const auto load = [&](int at, int y) {

@@ -92,7 +92,8 @@ __device__ __forceinline__ void query_pass(const BackwardBlock<kHeadDim, kStages
           uint32_t g[4];
           load_shared<r * 512>(g, block.tile + grad_tile);
           const bool second = Layout::kHeads == 2 && lane.t >= 2;  // head of the lane's channels
-          largest = fmaxf(largest, Pair<T>::largest(g) * inverse[second ? Layout::kHeads - 1 : 0][r]);
+          const float own = second ? inverse[Layout::kHeads - 1][r] : inverse[0][r];
+          largest = fmaxf(largest, Pair<T>::largest(g) * own);
         });
         sum.make_room(group.largest_of_partners<kPartners>(warp_max(largest), lane.index));
 #pragma unroll

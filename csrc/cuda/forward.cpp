@@ -14,9 +14,11 @@ const ForwardKernels* kernels_of(const AttentionInputs& p) {
     case 16:
       return &forward_kernels<kDtype, 16, kRuntimeMode>();
     case 32:
-      return cubic ? &forward_kernels<kDtype, 32, 3>() : &forward_kernels<kDtype, 32, kRuntimeMode>();
+      return cubic ? &forward_kernels<kDtype, 32, kCubicMode<kDtype>>()
+                   : &forward_kernels<kDtype, 32, kRuntimeMode>();
     case 64:
-      return cubic ? &forward_kernels<kDtype, 64, 3>() : &forward_kernels<kDtype, 64, kRuntimeMode>();
+      return cubic ? &forward_kernels<kDtype, 64, kCubicMode<kDtype>>()
+                   : &forward_kernels<kDtype, 64, kRuntimeMode>();
     case 128:
       return &forward_kernels<kDtype, 128, kRuntimeMode>();
     default:

@@ -18,9 +18,11 @@ const WindowKernels* kernels_of(const AttentionForward& p) {
     case 16:
       return &window_kernels<kDtype, 16, kRuntimeMode>();
     case 32:
-      return cubic ? &window_kernels<kDtype, 32, 3>() : &window_kernels<kDtype, 32, kRuntimeMode>();
+      return cubic ? &window_kernels<kDtype, 32, kCubicMode<kDtype>>()
+                   : &window_kernels<kDtype, 32, kRuntimeMode>();
     case 64:
-      return cubic ? &window_kernels<kDtype, 64, 3>() : &window_kernels<kDtype, 64, kRuntimeMode>();
+      return cubic ? &window_kernels<kDtype, 64, kCubicMode<kDtype>>()
+                   : &window_kernels<kDtype, 64, kRuntimeMode>();
     default:
       return nullptr;
   }

@@ -45,6 +45,10 @@ constexpr int kAnyPower = 0;
 constexpr int kNoMapping = -1;
 /// As a template argument: any of these, as FocusParams::mode says.
 constexpr int kRuntimeMode = -2;
+/// That of calls of the paper's p = 3: bf16, which has a way of its own there (features.cuh), has kernels of
+/// it.
+template <Dtype kDtype>
+constexpr int kCubicMode = kDtype == Dtype::kBFloat16 ? 3 : kRuntimeMode;
 
 struct FocusParams {
   Floats scale, key_bias;
