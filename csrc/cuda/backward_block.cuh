@@ -138,6 +138,13 @@ struct BackwardBlock {
   __device__ __forceinline__ float* scale_sums(int slice) const {
     return numbers(slice) + 2 * kSliceChannels;
   }
+  /// Channel `channel` of the slice in token 0 of an image; made where it is used, to take no registers
+  /// between.
+  __device__ __forceinline__ const char* base(const TokenArray& x, int image, int channel) const {
+    int slice = this->slice;
+    keep(image), keep_if<kShort>(slice);
+    return static_cast<const char*>(x.data) + image * x.image + (slice * kSliceChannels + channel) * 2u;
+  }
   /// The warp's first tile.
   __device__ __forceinline__ uint32_t warp_tile() const { return tile - position() * 16; }
   /// The lane's word of row g of a tile, channels 8 b + 2t; that of row g + 8 is 512 bytes on.
@@ -189,6 +196,14 @@ struct BackwardBlock {
     return hold<kPartners>([from = of_partner(address, 0)](auto s, auto r, uint32_t (&x)[4]) {
       load_shared<s * Layout::kTileBytes + r * 512>(x, from);
     });
+  }
+  /// The tiles of w of the head: the warp's own, or what all partners have stored behind their inputs.
+  __device__ __forceinline__ auto tiles_of_head(const TileWords<1>& own) const {
+    if constexpr (kPartners > 1) {
+      return tiles_at(tile + Layout::kShared);
+    } else {
+      return own;
+    }
   }
   /// Those where this warp's block_row(lane.index / 8, 0) is `row`, channels in their own order.
   __device__ __forceinline__ auto tiles_in_order(uint32_t row) const {

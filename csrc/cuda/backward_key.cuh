@@ -74,11 +74,7 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages, 
   const int x = x0 + lane.g, token_x = window.column(grid, min(x, width - 1));
   int y_stop = x < width ? y_end : y0;  // the lane's rows
   if (grid.raster) y_stop = min(y_stop, (params.tokens - x + grid.map_w - 1) / grid.map_w);
-  const auto base = [&](const TokenArray& x, int channel) {  // of the slice; as query_pass
-    int image = window.image, slice = block.slice;
-    keep(image), keep_if<kShort>(slice);
-    return static_cast<const char*>(x.data) + image * x.image + (slice * kSliceChannels + channel) * 2u;
-  };
+  const auto base = [&](const TokenArray& x, int channel) { return block.base(x, window.image, channel); };
   const auto find = [&](int (&token)[4], int y) {
     int last_row = grid.window_h - 1;
     keep(last_row);
@@ -113,7 +109,7 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages, 
     grads.begin_step(y);
     if (!patch_inside) continue;
 
-    const uint32_t key_tile = block.tile + stage, value_tile = key_tile + Layout::kSecond;
+    const uint32_t key_tile = block.tile + stage;
     const auto bias = [&] {  // made where it is used: it takes no registers between
       int row = y;
       keep_if<kShort>(row);
@@ -124,16 +120,10 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages, 
     TileWords<1> own;
     float own_room;
     const Norms norms = focus.pack(key_tile, bias(), [&](const float (&powers)[1][4][8]) {
-      own_room = pack_powers<T, kPartners>(own.words[0], powers[0], group, lane);
+      own_room = pack_powers<T, kPartners>(own.words, powers, group, lane);
       if constexpr (kPartners > 1) store_tile(block.tile + Layout::kShared, own.words[0]);
     });
-    const auto w = [&] {
-      if constexpr (kPartners > 1) {
-        return block.tiles_at(block.tile + Layout::kShared);
-      } else {
-        return own;
-      }
-    }();
+    const auto w = block.tiles_of_head(own);
     const bool own_inside = y + lane.t < y_stop;
     // In fp16 w is times own_room, and r, as dS and dm, over own_unscale.
     const float own_unroom = kNarrow<T> ? __fdividef(1.0f, own_room) : 1.0f;
@@ -141,7 +131,7 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages, 
     const float own_factor = own_inside ? phi_factor(norms) * own_unscale : 0.0f;
     constexpr bool kGatherAnew = kShort || kHeadDim > 32;  // where the taps need the registers between
     float factor[4];
-    int out[4];  // tokens, of one stage found anew, to hold no registers while the taps need them
+    int out[4];  // tokens
 #pragma unroll
     for (int r = 0; r < 4; ++r) out[r] = token[r];
     if (kStages > 1 && y + kStepRows < y_end) load(stage ^ Layout::kTile, y + kStepRows);

@@ -20,14 +20,11 @@ __device__ __forceinline__ void query_pass(const BackwardBlock<kHeadDim, kStages
                                            StateGradient<T, kHeadDim>& sum, Sums& scale_sums) {
   using Layout = BackwardLayout<kHeadDim, kStages>;
   constexpr int kPartners = Layout::kPartners;
+  static_assert(kStages == 1 || !kShort, "tokens are found again after the next ones have been loaded");
   const Lane& lane = block.lane;
   const float* inverse_scale = block.inverse_scale(block.slice) + 8 * lane.t;
   const float* mean = block.mean(block.slice) + 8 * lane.t;
-  const auto base = [&](const TokenArray& x) {  // made where it is used: it takes no registers between
-    int image = window.image, slice = block.slice;
-    keep(image), keep_if<kShort>(slice);
-    return static_cast<const char*>(x.data) + image * x.image + (slice * kSliceChannels + 8 * lane.t) * 2u;
-  };
+  const auto base = [&](const TokenArray& x) { return block.base(x, window.image, 8 * lane.t); };
 
   // The lane's vectors of q and grad_out; tokens past the end repeat the last one.
   int token[4], stage = 0;
@@ -52,7 +49,7 @@ __device__ __forceinline__ void query_pass(const BackwardBlock<kHeadDim, kStages
     TileWords<1> w;
     float own_room;
     const Norms norms = focus.pack(query_tile, [&](const float (&powers)[1][4][8]) {
-      own_room = pack_powers<T, kPartners>(w.words[0], powers[0], group, lane);
+      own_room = pack_powers<T, kPartners>(w.words, powers, group, lane);
       if constexpr (kPartners > 1) store_tile(block.tile + Layout::kShared, w.words[0]);
     });
     const int out[4] = {token[0], token[1], token[2], token[3]};
@@ -63,13 +60,7 @@ __device__ __forceinline__ void query_pass(const BackwardBlock<kHeadDim, kStages
     const float state_scale = block.template state_scale<T>();
     float share[4], own_share;
     {
-      const auto all = [&] {
-        if constexpr (kPartners > 1) {
-          return block.tiles_at(block.tile + Layout::kShared);
-        } else {
-          return w;
-        }
-      }();
+      const auto all = block.tiles_of_head(w);
       float d[2][4];
       times<T, kPartners>(d, all, block.mean_block());
       float eps[4], inverse[Layout::kHeads][4], shares[Layout::kHeads][4] = {};

@@ -83,22 +83,10 @@ class FeatureMap {
   /// units, of all four rows. tile: shared address of the lane's first vector.
   __device__ __forceinline__ void queries(Words<kSlices>& words, float (&denominator)[4], float eps,
                                           uint32_t tile) const {
-    float room[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-    const auto pack = [&](const Powers& y) {
-      if constexpr (kNarrow<T>) make_room(room, y);
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-#pragma unroll
-        for (int s = 0; s < kSlices; ++s) {
-#pragma unroll
-          for (int w = 0; w < 4; ++w) {
-            words[s][r][w] = Pair<T>::pack(y[s][r][2 * w] * room[r], y[s][r][2 * w + 1] * room[r]);
-          }
-        }
-      }
-    };
+    float own_room = 1.0f;
+    const auto pack = [&](const Powers& y) { own_room = pack_powers<T, kPartners>(words, y, group_, lane_); };
     const auto finish = [&](const Norms& norms) {
-      quad_gather(denominator, __fdividef(eps, phi_factor(norms)));
+      quad_gather(denominator, __fdividef(eps, phi_factor(norms)) * own_room);
     };
     if constexpr (kByTensorCores) {
       const float2 norms = focus_.exchange(
@@ -110,10 +98,6 @@ class FeatureMap {
       }
     } else {
       finish(focus_.pack(tile, pack));
-    }
-    if constexpr (kNarrow<T>) {
-#pragma unroll
-      for (int r = 0; r < 4; ++r) denominator[r] *= room[r];
     }
   }
 
@@ -170,18 +154,6 @@ class FeatureMap {
   static constexpr bool kByTensorCores = std::is_same_v<T, __nv_bfloat16> && kMode == 3;
   using Map = Focus<T, kSlices, kMode>;
   using Powers = typename Map::Powers;
-
-  /// What the rows' powers are multiplied by: Q S and Q . m share the factor.
-  __device__ __forceinline__ void make_room(float (&room)[4], const Powers& y) const {
-    float largest[4] = {};
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-#pragma unroll
-      for (int i = 0; i < kSlices * 8; ++i) largest[r] = fmaxf(largest[r], fabsf(y[i / 8][r][i % 8]));
-    }
-    quad_gather(room,
-                fit(group_.template largest_of_partners<kPartners>(quad_max(largest, lane_.t), lane_.index)));
-  }
 
   /// take(s, r, w, low, high, packed): y^3 of two channels. Returns |y|^2 and |y^3|^2 of the lane's own token
   /// over the warp's channels.

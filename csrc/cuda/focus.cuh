@@ -203,7 +203,6 @@ class SliceGroup {
   }
 
   __device__ void barrier() { named_barrier(group_ + 1, slices_ * 32); }
-  __device__ int slice() const { return slice_; }
 
   /// What the warp of `slice` brought to the last exchange, until the next one.
   __device__ __forceinline__ float2 brought(int slice, int lane) const {

@@ -32,24 +32,31 @@ struct RunningScale {
   }
 };
 
-/// A tile of powers as words, in fp16 times what makes room for their rows, the same in all slices of a head.
-/// Returns that of the lane's own token.
-template <typename T, int kPartners>
-__device__ __forceinline__ float pack_powers(uint32_t (&words)[4][4], const float (&y)[4][8],
-                                             SliceGroup& group, const Lane& lane) {
+/// A warp's tiles of powers as words, in fp16 times what makes room for their rows, the same in all slices of
+/// a head. Returns that of the lane's own token.
+template <typename T, int kPartners, int kSlices>
+__device__ __forceinline__ float pack_powers(uint32_t (&words)[kSlices][4][4],
+                                             const float (&y)[kSlices][4][8], SliceGroup& group,
+                                             const Lane& lane) {
   float room[4] = {1.0f, 1.0f, 1.0f, 1.0f}, own = 1.0f;
   if constexpr (kNarrow<T>) {
     float largest[4] = {};
 #pragma unroll
-    for (int i = 0; i < 32; ++i) largest[i / 8] = fmaxf(largest[i / 8], fabsf(y[i / 8][i % 8]));
+    for (int r = 0; r < 4; ++r) {
+#pragma unroll
+      for (int i = 0; i < kSlices * 8; ++i) largest[r] = fmaxf(largest[r], fabsf(y[i / 8][r][i % 8]));
+    }
     own = fit(group.largest_of_partners<kPartners>(quad_max(largest, lane.t), lane.index));
     quad_gather(room, own);
   }
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      words[r][w] = Pair<T>::pack(y[r][2 * w] * room[r], y[r][2 * w + 1] * room[r]);
+    for (int s = 0; s < kSlices; ++s) {
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        words[s][r][w] = Pair<T>::pack(y[s][r][2 * w] * room[r], y[s][r][2 * w + 1] * room[r]);
+      }
     }
   }
   return own;
