@@ -22,9 +22,11 @@ import flatten_ext
 
 LIBRARY = Path(flatten_ext.__file__).parent / "lib" / "libflatten_cuda.so"
 ARCHITECTURES = [80, 90]
-# Without machine code for an architecture: the units of the shapes the paper's models have.
+# Without machine code for an architecture: the units of the shapes the paper's models have, and those whose
+# kernels fill the registers.
 REPRESENTATIVE = re.compile(
     r"(bf16|bfloat16).*(d32|d64).*cubic|general_forward_float32|general_backward_float32"
+    r"|backward_window_wide|backward_(bf16|fp16)_d128"
 )
 FAST = re.compile(r"flatten::cuda::tensorcore::")
 TENSOR = re.compile(r"tensorcore::(forward|backward)_")

@@ -172,7 +172,7 @@ def test_inputs_of_any_size(amplitude, dtype):
     ("shape", "heads", "head_dim"), [((7, 7), 3, 32), ((20, 18), 1, 64), ((17, 18), 1, 128)]
 )
 def test_gradients_in_the_range_of_float16(shape, heads, head_dim, inputs, grad_out, power):
-    """Powers, S and its gradient go beyond it where inputs and gradients do not; one row has no gradient."""
+    """Powers, S and its gradient go beyond it where inputs and gradients do not. The first tile has none."""
     case = on_map(*shape, batch=1, heads=heads, head_dim=head_dim, kernel=(5, 5), p=power, amplitude=inputs)
     call = make(half(case, FP16))
     with torch.no_grad():
@@ -183,7 +183,7 @@ def test_gradients_in_the_range_of_float16(shape, heads, head_dim, inputs, grad_
         call.grad_out[:, :40] = 0.0
     want = call.oracle().gradients(reference)
     for name, gradient in call.gradients().items():
-        assert_close(gradient, want[name], 2 * TOLERANCE[FP16][1], f"gradient of {name}")
+        assert_close(gradient, want[name], TOLERANCE[FP16][1], f"gradient of {name}")
 
 
 @pytest.mark.parametrize("shape", [(20, 18), (7, 7)])
