@@ -25,8 +25,8 @@ ARCHITECTURES = [80, 90]
 # Without machine code for an architecture: the units of the shapes the paper's models have, and those whose
 # kernels fill the registers.
 REPRESENTATIVE = re.compile(
-    r"(bf16|bfloat16).*(d32|d64).*cubic|general_forward_float32|general_backward_float32"
-    r"|backward_window_wide|backward_(bf16|fp16)_d128"
+    r"forward_.*cubic|backward_(window_)?bf16_d(32|64)|backward_window_wide|ward_(bf16|fp16)_d128"
+    r"|general_forward_float32|general_backward_float32"
 )
 FAST = re.compile(r"flatten::cuda::tensorcore::")
 TENSOR = re.compile(r"tensorcore::(forward|backward)_")

@@ -14,13 +14,13 @@ struct Kernels {
   int window_threads = kBackwardThreads;
 };
 
-template <Dtype kDtype, int kHeadDim, int kMode>
+template <Dtype kDtype, int kHeadDim>
 Kernels kernels(std::int64_t channels) {
-  Kernels found{&backward_kernels<kDtype, kHeadDim, kMode>()};
-  if constexpr (kHeadDim <= 64) found.window = &window_gradient_kernels<kDtype, kHeadDim, kMode>();
+  Kernels found{&backward_kernels<kDtype, kHeadDim>()};
+  if constexpr (kHeadDim <= 64) found.window = &window_gradient_kernels<kDtype, kHeadDim>();
   if constexpr (kHeadDim == 32) {
     if (channels > kBackwardThreads) {
-      found.window = &window_gradient_kernels<kDtype, kHeadDim, kMode, kWideThreads>();
+      found.window = &window_gradient_kernels<kDtype, kHeadDim, kWideThreads>();
       found.window_threads = kWideThreads;
     }
   }
@@ -29,19 +29,16 @@ Kernels kernels(std::int64_t channels) {
 
 template <Dtype kDtype>
 Kernels kernels_of(const AttentionBackward& p) {
-  const bool cubic = p.mapping.focusing_factor == 3;
   const std::int64_t channels = p.geometry.channels();
   switch (p.geometry.head_dim) {
     case 16:
-      return kernels<kDtype, 16, kRuntimeMode>(channels);
+      return kernels<kDtype, 16>(channels);
     case 32:
-      return cubic ? kernels<kDtype, 32, kCubicMode<kDtype>>(channels)
-                   : kernels<kDtype, 32, kRuntimeMode>(channels);
+      return kernels<kDtype, 32>(channels);
     case 64:
-      return cubic ? kernels<kDtype, 64, kCubicMode<kDtype>>(channels)
-                   : kernels<kDtype, 64, kRuntimeMode>(channels);
+      return kernels<kDtype, 64>(channels);
     case 128:
-      return kernels<kDtype, 128, kRuntimeMode>(channels);
+      return kernels<kDtype, 128>(channels);
     default:
       return {};
   }

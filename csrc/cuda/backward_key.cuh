@@ -18,11 +18,9 @@ struct KeyGradientTraits {
   using Layout = BackwardLayout<kHeadDim, kStages>;
   static constexpr int kSlices = 1;  // RowLoader: of a warp
   // Gradients of the taps: as the keys are passed over, or behind them, where the 26 sums of 5 x 5 would not
-  // fit in a lane's registers beside a head of 64, or any power.
+  // fit in a lane's registers beside a head of 64.
   static constexpr bool kSumsTaps = sums_taps(kTaps);
-  static constexpr __host__ __device__ bool taps_along(int mode) {
-    return kTaps == 3 || (kTaps == 5 && kHeadDim <= 32 && mode == 3);
-  }
+  static constexpr bool kTapsAlong = kTaps == 3 || (kTaps == 5 && kHeadDim <= 32);
   static constexpr int kHalo = kTaps / 2;
   // The ring of grad_out in blocks of four pixel rows: what a step reads, and one block in flight. A pixel is
   // an odd number of 16-byte vectors: eight of them in a row lie in different banks.
@@ -52,8 +50,8 @@ struct KeyGradientTraits {
 /// Rows y0 to y_end of the patch of columns x0 and on. grads.begin_step(y) is called by all warps before a
 /// step and waits for what it needs, grads.point(y, pixels) says where its grad_out is. The block holds dS
 /// and dm. kSumTaps: adds to `taps`, too.
-template <typename T, int kHeadDim, int kTaps, int kMode, bool kSumTaps, int kStages, bool kShort,
-          typename Grads, int kTapsToSum, typename Sums>
+template <typename T, int kHeadDim, int kTaps, bool kSumTaps, int kStages, bool kShort, typename Grads,
+          int kTapsToSum, typename Sums>
 __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages, kShort>& block,
                                          SliceGroup& group, const KeyGradientParams& params,
                                          const Window& window, int x0, int y0, int y_end, Grads& grads,
@@ -82,15 +80,6 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages, 
     for (int r = 0; r < 4; ++r)
       token[r] = min(window.row(grid, min(y + r, last_row)) + token_x, params.tokens - 1);
   };
-  // Right for rows of the window, in fewer instructions; of any power in more registers than there are.
-  const auto find_inside = [&](int (&token)[4], int y) {
-    if constexpr (kMode == 3) {
-#pragma unroll
-      for (int r = 0; r < 4; ++r) token[r] = window.row(grid, y + r) + token_x;
-    } else {
-      find(token, y);
-    }
-  };
   int token[4], stage = 0;
   const auto load = [&](int at, int y) {
     const char *key = base(params.key, 8 * lane.t), *value = base(params.value, 8 * lane.t);
@@ -103,7 +92,7 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages, 
     copy_async_commit();
   };
   if (patch_inside) load(stage, y0);
-  const Focus<T, 1, kMode> focus(params.focus, inverse_scale, group, lane);
+  const Focus<T, 1, kRuntimeMode> focus(params.focus, inverse_scale, group, lane);
   for (int y = y0; y < y_end; y += kStepRows) {
     copy_async_wait<0>();
     grads.begin_step(y);
@@ -161,6 +150,7 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages, 
       if (kGatherAnew) quad_gather(factor, own_factor * own_unroom);
       uint32_t word[2][4];
       unrolled<2>([&](auto half) {
+        if constexpr (kPartners > 2) __syncwarp();  // halves one after the other take fewer registers
         const int b = 2 * pair + half;
         float o[2][4];
         times<T, kPartners>(o, w, block.row_block(b));
@@ -180,7 +170,7 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages, 
         for (int r = 0; r < 4; ++r)
           word[half][r] = Pair<T>::pack(o[r / 2][r % 2 * 2], o[r / 2][r % 2 * 2 + 1]);
       });
-      if (kShort) find_inside(out, y);
+      if (kShort) find(out, y);
       const bool odd = lane.t % 2;  // neighbours swap a word, for whole sectors
       char* to_value =
           const_cast<char*>(base(params.grad_value, pair * 16 + lane.t % 2 * 8 + lane.t / 2 * 4));
@@ -206,9 +196,9 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages, 
       const float start[2][4] = {{m.x, m.y, m.x, m.y}, {m.x, m.y, m.x, m.y}};
       times<T, kPartners>(r, v, block.column_block(b), start);
     };
-    gradient_rows<T, kMode>(k, bias(), inverse_scale, params.focus, terms, scale_sums, product);
+    gradient_rows<T, (kPartners <= 2)>(k, bias(), inverse_scale, params.focus, terms, scale_sums, product);
     char* to_key = const_cast<char*>(base(params.grad_key, 8 * lane.t));
-    if (kShort) find_inside(out, y);
+    if (kShort) find(out, y);
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       if (y + r < y_stop) {
@@ -300,12 +290,12 @@ struct RingGrads {
   }
 };
 
-template <typename T, int kHeadDim, int kTaps, int kMode>
+template <typename T, int kHeadDim, int kTaps>
 __global__ void __launch_bounds__(kBackwardThreads, 1)
     backward_key(const __grid_constant__ KeyGradientParams params) {
 #if __CUDA_ARCH__ >= 800
   using Traits = KeyGradientTraits<kHeadDim, kTaps>;
-  constexpr bool kTapsAlong = Traits::taps_along(kMode);
+  constexpr bool kTapsAlong = Traits::kTapsAlong;
   extern __shared__ __align__(128) unsigned char shared[];
   const int channels = params.channels;
   const BackwardBlock<kHeadDim, Traits::kStages> block(shared, channels, params.patches);
@@ -332,8 +322,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   SliceGroup group(block.exchange, patch, block.slice, block.slices);
   TapGradient<T, kTapsAlong ? kTaps : 0> along;
   RegisterSums scale_sums(nullptr);
-  key_pass<T, kHeadDim, kTaps, kMode, kTapsAlong>(block, group, params, window, x0 + patch * kPatchColumns,
-                                                  y0, y_end, grads, lane_taps, along, scale_sums);
+  key_pass<T, kHeadDim, kTaps, kTapsAlong>(block, group, params, window, x0 + patch * kPatchColumns, y0,
+                                           y_end, grads, lane_taps, along, scale_sums);
   const int64_t row = (static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
   if (params.scale_partials) {
     const Lane anew;  // and the rest too, rather than registers held all along

@@ -1,4 +1,4 @@
-// The backward kernels of one element type, head dimension and mode, behind plain functions: what an
+// The backward kernels of one element type and head dimension, behind plain functions: what an
 // instantiation unit (backward_*.cu) gives to backward.cpp.
 #pragma once
 
@@ -8,14 +8,14 @@
 
 namespace flatten::cuda::tensorcore {
 
-template <typename T, int kHeadDim, int kMode>
+template <typename T, int kHeadDim>
 struct Backward {
   static int query_shared(int channels, int groups) {
     return QueryGradientTraits<kHeadDim>::shared_bytes(channels, groups);
   }
 
   static cudaError_t query(const QueryGradientParams& params, int chunks, int windows, cudaStream_t stream) {
-    return launch_tensorcore(backward_query<T, kHeadDim, kMode>, dim3(chunks, windows),
+    return launch_tensorcore(backward_query<T, kHeadDim>, dim3(chunks, windows),
                              params.groups * params.channels, query_shared(params.channels, params.groups),
                              params, stream);
   }
@@ -38,17 +38,16 @@ struct Backward {
     const int shared = key_shared(taps, params.channels, params.patches, params.per_channel);
     switch (taps) {
       case 3:
-        return launch_tensorcore(backward_key<T, kHeadDim, 3, kMode>, grid, threads, shared, params, stream);
+        return launch_tensorcore(backward_key<T, kHeadDim, 3>, grid, threads, shared, params, stream);
       case 5:
-        return launch_tensorcore(backward_key<T, kHeadDim, 5, kMode>, grid, threads, shared, params, stream);
+        return launch_tensorcore(backward_key<T, kHeadDim, 5>, grid, threads, shared, params, stream);
       case 7:
         if constexpr (kHeadDim <= 32) {
-          return launch_tensorcore(backward_key<T, kHeadDim, 7, kMode>, grid, threads, shared, params,
-                                   stream);
+          return launch_tensorcore(backward_key<T, kHeadDim, 7>, grid, threads, shared, params, stream);
         }
         return cudaErrorInvalidValue;  // never asked for, see takes()
       default:
-        return launch_tensorcore(backward_key<T, kHeadDim, 0, kMode>, grid, threads, shared, params, stream);
+        return launch_tensorcore(backward_key<T, kHeadDim, 0>, grid, threads, shared, params, stream);
     }
   }
 

@@ -13,7 +13,7 @@ namespace flatten::cuda::tensorcore {
 
 /// Tokens begin + 32 (group + n groups) and on of a window, up to `end`: adds their part of dS and dm to
 /// `sum` and of scale's gradient to scale_sums. The block holds S and m.
-template <typename T, int kHeadDim, int kMode, int kStages, bool kShort, typename Sums>
+template <typename T, int kHeadDim, int kStages, bool kShort, typename Sums>
 __device__ __forceinline__ void query_pass(const BackwardBlock<kHeadDim, kStages, kShort>& block,
                                            SliceGroup& group, const QueryGradientParams& params,
                                            const Window& window, int begin, int end,
@@ -42,13 +42,13 @@ __device__ __forceinline__ void query_pass(const BackwardBlock<kHeadDim, kStages
   const int stride = block.groups * kTileTokens;
   int first = begin + block.group * kTileTokens;
   load(stage, first);
-  const Focus<T, 1, kMode> focus(params.focus, inverse_scale, group, lane);
+  const Focus<T, 1, kRuntimeMode> focus(params.focus, inverse_scale, group, lane);
   for (; first < end; first += stride) {
     const uint32_t query_tile = block.tile + stage;
     copy_async_wait<0>();
     TileWords<1> w;
     float own_room;
-    const Norms norms = focus.pack(query_tile, [&](const float (&powers)[1][4][8]) {
+    const Norms norms = focus.pack(query_tile, NoBias{}, [&](const float (&powers)[1][4][8]) {
       own_room = pack_powers<T, kPartners>(w.words, powers, group, lane);
       if constexpr (kPartners > 1) store_tile(block.tile + Layout::kShared, w.words[0]);
     });
@@ -170,7 +170,8 @@ __device__ __forceinline__ void query_pass(const BackwardBlock<kHeadDim, kStages
       for (int i = 0; i < 8; ++i) start[i / 4][i % 4] = share[i / 2] * (i % 2 ? m.y : m.x);
       times<T, kPartners>(r, u, block.column_block(b), start);
     };
-    gradient_rows<T, kMode>(x, LaneBias{}, inverse_scale, params.focus, terms, scale_sums, product);
+    gradient_rows<T, (kPartners <= 2)>(x, LaneBias{}, inverse_scale, params.focus, terms, scale_sums,
+                                       product);
     char* to = const_cast<char*>(base(params.grad_query));
     if (kShort) find(first);
 #pragma unroll
@@ -214,7 +215,7 @@ struct QueryGradientTraits {
   }
 };
 
-template <typename T, int kHeadDim, int kMode>
+template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kBackwardThreads)
     backward_query(const __grid_constant__ QueryGradientParams params) {
 #if __CUDA_ARCH__ >= 800
@@ -237,8 +238,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
     const Block block(shared, params.channels, params.groups);
     const int begin = blockIdx.x * params.chunk, end = min(begin + params.chunk, params.queries);
     SliceGroup group(block.exchange, block.group, block.slice, block.slices);
-    query_pass<T, kHeadDim, kMode>(block, group, params, Window(params.grid, blockIdx.y), begin, end, sum,
-                                   scale_sums);
+    query_pass<T>(block, group, params, Window(params.grid, blockIdx.y), begin, end, sum, scale_sums);
   }
   // Partial sums: over the groups in order, then to memory. The block is made anew each time: what one part
   // knows of it takes no registers in another.

@@ -65,8 +65,9 @@ struct ResidentGrads {
     const WindowGrid& grid = params.grid;
     const uint32_t pixels = this->pixels();
     const int pixel_bytes = this->pixel_bytes();
-    rows.point_window(pixels, zeros(pixels, pixel_bytes), pixel_bytes, grid.window_w, grid.window_h, left,
-                      y - kTaps / 2, lane);
+    rows.point({pixels, zeros(pixels, pixel_bytes), pixel_bytes, grid.window_w * pixel_bytes, grid.window_w,
+                grid.window_h},
+               left, y - kTaps / 2, lane);
   }
 
  private:
@@ -89,7 +90,7 @@ struct ResidentGrads {
 
 /// The parts of the kernel, one after the other. Each makes a block and a window of its own: what it knows of
 /// them takes no registers in another.
-template <typename T, int kHeadDim, int kTaps, int kMode, bool kWide>
+template <typename T, int kHeadDim, int kTaps, bool kWide>
 class WindowGradient {
   using Traits = WindowGradientTraits<kHeadDim, kTaps, kWide>;
   using Block = BackwardBlock<kHeadDim, Traits::kStages, kWide>;
@@ -125,8 +126,8 @@ class WindowGradient {
     {
       const Block block = this->block();
       SliceGroup group = this->group(block);
-      query_pass<T, kHeadDim, kMode>(block, group, params_.query, window(params_.query.grid), 0,
-                                     params_.query.queries, sum, scale_sums);
+      query_pass<T>(block, group, params_.query, window(params_.query.grid), 0, params_.query.queries, sum,
+                    scale_sums);
     }
     const Block block = this->block();
     sum.finish(params_.query.inverse_keys * block.template state_scale<T>());
@@ -152,8 +153,8 @@ class WindowGradient {
                                       block.lane);
       TapGradient<T, 0> none;
       for_each_patch(block, [&](const Window& window, int x0, Grads& grads) {
-        key_pass<T, kHeadDim, kTaps, kMode, false>(block, group, keys_, window, x0, 0, keys_.grid.window_h,
-                                                   grads, lane_taps, none, scale_sums);
+        key_pass<T, kHeadDim, kTaps, false>(block, group, keys_, window, x0, 0, keys_.grid.window_h, grads,
+                                            lane_taps, none, scale_sums);
         group.barrier();
       });
     }
@@ -218,13 +219,13 @@ class WindowGradient {
 };
 
 /// kThreads: of a block, at most.
-template <typename T, int kHeadDim, int kTaps, int kMode, int kThreads>
+template <typename T, int kHeadDim, int kTaps, int kThreads>
 __global__ void __launch_bounds__(kThreads)
     backward_window(const __grid_constant__ WindowGradientParams params) {
 #if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(128) unsigned char shared[];
   constexpr bool kWide = kThreads > kBackwardThreads;
-  const WindowGradient<T, kHeadDim, kTaps, kMode, kWide> gradient(params, shared);
+  const WindowGradient<T, kHeadDim, kTaps, kWide> gradient(params, shared);
   gradient.load();
   auto scale_sums = gradient.sums();
   gradient.queries(scale_sums);

@@ -1,4 +1,4 @@
-// The one-launch backward pass of one element type, head dimension and mode, behind plain functions: what an
+// The one-launch backward pass of one element type and head dimension, behind plain functions: what an
 // instantiation unit (backward_window_*.cu) gives to backward.cpp.
 #pragma once
 
@@ -7,7 +7,7 @@
 
 namespace flatten::cuda::tensorcore {
 
-template <typename T, int kHeadDim, int kMode, int kThreads = kBackwardThreads>
+template <typename T, int kHeadDim, int kThreads = kBackwardThreads>
 struct BackwardWindow {
   template <int kTaps>
   using Traits = WindowGradientTraits<kHeadDim, kTaps, (kThreads > kBackwardThreads)>;
@@ -30,14 +30,14 @@ struct BackwardWindow {
         shared_bytes(taps, p.channels, p.patches, p.per_channel, p.grid.window_h * p.grid.window_w);
     switch (taps) {
       case 3:
-        return launch_tensorcore(backward_window<T, kHeadDim, 3, kMode, kThreads>, windows, threads, shared,
-                                 params, stream);
+        return launch_tensorcore(backward_window<T, kHeadDim, 3, kThreads>, windows, threads, shared, params,
+                                 stream);
       case 5:
-        return launch_tensorcore(backward_window<T, kHeadDim, 5, kMode, kThreads>, windows, threads, shared,
-                                 params, stream);
+        return launch_tensorcore(backward_window<T, kHeadDim, 5, kThreads>, windows, threads, shared, params,
+                                 stream);
       default:
-        return launch_tensorcore(backward_window<T, kHeadDim, 0, kMode, kThreads>, windows, threads, shared,
-                                 params, stream);
+        return launch_tensorcore(backward_window<T, kHeadDim, 0, kThreads>, windows, threads, shared, params,
+                                 stream);
     }
   }
 

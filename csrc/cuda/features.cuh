@@ -85,20 +85,15 @@ class FeatureMap {
                                           uint32_t tile) const {
     float own_room = 1.0f;
     const auto pack = [&](const Powers& y) { own_room = pack_powers<T, kPartners>(words, y, group_, lane_); };
-    const auto finish = [&](const Norms& norms) {
-      quad_gather(denominator, __fdividef(eps, phi_factor(norms)) * own_room);
-    };
+    Norms norms;
+    bool safe = false;
     if constexpr (kByTensorCores) {
-      const float2 norms = focus_.exchange(
+      norms = focus_.exchange(
           cube(tile, [&](int s, int r, int w, float, float, uint32_t packed) { words[s][r][w] = packed; }));
-      if (focus_.safe(norms)) {
-        finish(Norms{norms.x, norms.y});
-      } else {
-        focus_.rescue(tile, NoBias{}, pack, [&](const Powers&, const Norms& n) { finish(n); });
-      }
-    } else {
-      finish(focus_.pack(tile, pack));
+      safe = Map::safe(norms);
     }
+    if (!safe) norms = focus_.pack(tile, NoBias{}, pack);
+    quad_gather(denominator, __fdividef(eps, phi_factor(norms)) * own_room);
   }
 
   /// K: words = phi, 0 for tokens that are not `present` (the lane's own, g + 8t); in fp16 times the running
@@ -106,46 +101,40 @@ class FeatureMap {
   __device__ __forceinline__ float keys(Words<1>& words, const LaneBias& bias, bool present,
                                         RunningScale& scale, uint32_t tile) const {
     static_assert(kSlices == 1);
-    float change = 1.0f;
-    const auto use = [&](const Powers& y, const Norms& norms) {
-      float factor[4];
-      quad_gather(factor, present ? phi_factor(norms) : 0.0f);
-      if constexpr (kNarrow<T>) {
-        float largest = 0.0f;
-#pragma unroll
-        for (int i = 0; i < 32; ++i) largest = fmaxf(largest, fabsf(y[0][i / 8][i % 8] * factor[i / 8]));
-        change =
-            scale.make_room(group_.template largest_of_partners<kPartners>(warp_max(largest), lane_.index));
-#pragma unroll
-        for (int r = 0; r < 4; ++r) factor[r] *= scale.value;
-      }
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-#pragma unroll
-        for (int w = 0; w < 4; ++w) {
-          words[0][r][w] = Pair<T>::pack(y[0][r][2 * w] * factor[r], y[0][r][2 * w + 1] * factor[r]);
-        }
-      }
-    };
     Powers y;
-    float2 norms;
-    const auto take = [&](const Powers& powers) {
-#pragma unroll
-      for (int i = 0; i < 32; ++i) y[0][i / 8][i % 8] = powers[0][i / 8][i % 8];
-    };
-    if (bias.bias.data) {
-      norms = focus_.exchange_powers(tile, bias, take);
-    } else if constexpr (kByTensorCores) {
-      norms = focus_.exchange(cube(tile, [&](int s, int r, int w, float low, float high, uint32_t) {
-        y[s][r][2 * w] = low, y[s][r][2 * w + 1] = high;
-      }));
-    } else {
-      norms = focus_.exchange_powers(tile, NoBias{}, take);
+    Norms norms;
+    bool safe = false;
+    if constexpr (kByTensorCores) {
+      if (!bias.bias.data) {
+        norms = focus_.exchange(cube(tile, [&](int s, int r, int w, float low, float high, uint32_t) {
+          y[s][r][2 * w] = low, y[s][r][2 * w + 1] = high;
+        }));
+        safe = Map::safe(norms);
+      }
     }
-    if (focus_.safe(norms)) {
-      use(y, Norms{norms.x, norms.y});
-    } else {
-      focus_.rescue(tile, bias, [](const Powers&) {}, use);
+    if (!safe) {
+      norms = focus_.pack(tile, bias, [&](const Powers& powers) {
+#pragma unroll
+        for (int i = 0; i < 32; ++i) y[0][i / 8][i % 8] = powers[0][i / 8][i % 8];
+      });
+    }
+    float factor[4], change = 1.0f;
+    quad_gather(factor, present ? phi_factor(norms) : 0.0f);
+    if constexpr (kNarrow<T>) {
+      float largest = 0.0f;
+#pragma unroll
+      for (int i = 0; i < 32; ++i) largest = fmaxf(largest, fabsf(y[0][i / 8][i % 8] * factor[i / 8]));
+      change =
+          scale.make_room(group_.template largest_of_partners<kPartners>(warp_max(largest), lane_.index));
+#pragma unroll
+      for (int r = 0; r < 4; ++r) factor[r] *= scale.value;
+    }
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        words[0][r][w] = Pair<T>::pack(y[0][r][2 * w] * factor[r], y[0][r][2 * w + 1] * factor[r]);
+      }
     }
     return change;
   }

@@ -111,23 +111,27 @@ __device__ __forceinline__ float phi_factor(const Norms& n) {
   return n.prescale == 1.0f ? ratio : __fdividef(ratio, n.prescale);
 }
 
+__device__ __forceinline__ float log_2(float x) {
+  float y;
+  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float exp_2(float x) {
+  float y;
+  asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 /// For `raise`: 1 to 4, as p says, by selections.
 constexpr int kWholePower = -3;
 
 template <int kPower>
 __device__ __forceinline__ float raise(float y, float p) {
-  if constexpr (kPower == kWholePower) {
-    const float yy = y * y;
-    return p > 2.0f ? yy * (p > 3.0f ? yy : y) : p > 1.0f ? yy : y;
-  }
-  if constexpr (kPower == 1) return y;
-  if constexpr (kPower == 2) return y * y;
   if constexpr (kPower == 3) return y * y * y;
-  if constexpr (kPower == 4) return (y * y) * (y * y);
-  float log, result;
-  asm("lg2.approx.f32 %0, %1;" : "=f"(log) : "f"(y));
-  asm("ex2.approx.f32 %0, %1;" : "=f"(result) : "f"(p * log));
-  return result;
+  if constexpr (kPower == kAnyPower) return exp_2(p * log_2(y));
+  static_assert(kPower == 3 || kPower == kAnyPower || kPower == kWholePower);
+  const float yy = y * y, x = p == 1.0f || p == 3.0f ? y : yy;
+  return p > 2.0f ? x * yy : x;
 }
 
 __device__ __forceinline__ float warp_max(float v) {  // v >= 0
@@ -176,21 +180,29 @@ class SliceGroup {
 
   /// Every lane brings its token's partial values and returns with the totals, the same on all warps: added
   /// in the order of the slices. Everything the group wrote to shared memory before is visible after.
-  template <typename Add>
+  /// kAtOnce: totals of so many slices are on their way at once, each in registers.
+  template <int kAtOnce = 4, typename Add>
   __device__ __forceinline__ float2 exchange(float2 partial, int lane, Add add) {
-    return exchange(partial, lane, add, 0, slices_);
+    return exchange<kAtOnce>(partial, lane, add, 0, slices_);
   }
   /// The same among `count` slices from `first` on, though all have to come.
-  template <typename Add>
+  template <int kAtOnce, typename Add>
   __device__ __forceinline__ float2 exchange(float2 partial, int lane, Add add, int first, int count) {
     store_shared_pair<0>(slot(slice_, lane), partial);
     barrier();
     uint32_t from = slot(first, lane);
     buffer_ ^= kSlotBytes;       // next time the other half: the readers of this one may still be at it then
     keep(buffer_), keep(count);  // or what is made of them takes registers all the time
-    float2 total = load(from);
-#pragma unroll 4
-    for (int s = 1; s < count; ++s) total = add(total, load(from += kPairBytes));
+    float2 total = load<0>(from);
+    const uint32_t last = from + (count - 1) * kPairBytes;
+    if constexpr (kAtOnce > 1) {
+#pragma unroll 1
+      for (; last - from >= kAtOnce * kPairBytes; from += kAtOnce * kPairBytes) {
+        unrolled<kAtOnce>([&](auto i) { total = add(total, load<(i + 1) * kPairBytes>(from)); });
+      }
+    }
+#pragma unroll 1
+    while (from != last) total = add(total, load<0>(from += kPairBytes));
     return total;
   }
 
@@ -199,14 +211,14 @@ class SliceGroup {
   __device__ __forceinline__ float largest_of_partners(float x, int lane) {
     if constexpr (kPartners == 1) return x;
     const auto larger = [](float2 a, float2 b) { return float2{fmaxf(a.x, b.x), 0.0f}; };
-    return exchange({x, 0.0f}, lane, larger, slice_ / kPartners * kPartners, kPartners).x;
+    return exchange<1>({x, 0.0f}, lane, larger, slice_ / kPartners * kPartners, kPartners).x;
   }
 
   __device__ void barrier() { named_barrier(group_ + 1, slices_ * 32); }
 
   /// What the warp of `slice` brought to the last exchange, until the next one.
   __device__ __forceinline__ float2 brought(int slice, int lane) const {
-    return load(slot(slice, lane) ^ kSlotBytes);
+    return load<0>(slot(slice, lane) ^ kSlotBytes);
   }
 
  private:
@@ -216,9 +228,10 @@ class SliceGroup {
   __device__ __forceinline__ uint32_t slot(int slice, int lane) const {
     return buffer_ + slice * kPairBytes + lane * sizeof(float2);
   }
+  template <int kOffset>
   static __device__ __forceinline__ float2 load(uint32_t address) {
     float x[2];
-    load_shared_pair<0>(x, address);
+    load_shared_pair<kOffset>(x, address);
     return {x[0], x[1]};
   }
 
@@ -227,8 +240,8 @@ class SliceGroup {
 };
 
 /// phi of a tile, as one warp sees it: powers y^p of its channels and, for the lane's own token g + 8t, the
-/// norms that make them phi. kMode is a power or kRuntimeMode (FocusParams::mode); kSlices
-/// slices of 32 channels to a warp.
+/// norms that make them phi. kMode is a power or kRuntimeMode (FocusParams::mode); kSlices slices of 32
+/// channels to a warp.
 template <typename T, int kSlices, int kMode>
 class Focus {
  public:
@@ -244,90 +257,55 @@ class Focus {
   __device__ Focus(const FocusParams& params, const float* inverse_scale, SliceGroup& group, const Lane& lane)
       : params_(params), inverse_scale_(inverse_scale), group_(group), lane_(lane) {}
 
-  /// The norms, in range. pack(powers), before the warps exchange their norms, may run twice, and counts the
-  /// second time. tile: shared address of the lane's first vector.
-  template <typename Pack>
-  __device__ __forceinline__ Norms pack(uint32_t tile, const LaneBias& bias, Pack pack) const {
-    const float2 norms =
-        bias.bias.data ? exchange_powers(tile, bias, pack) : exchange_powers(tile, NoBias{}, pack);
-    return finish(norms, tile, bias, pack);
-  }
-  template <typename Pack>
-  __device__ __forceinline__ Norms pack(uint32_t tile, Pack pack) const {
-    return finish(exchange_powers(tile, NoBias{}, pack), tile, NoBias{}, pack);
-  }
-
-  /// Hands the powers to `pack` and returns the norms, which may be out of range.
+  /// Hands the powers to `pack` and returns the norms. Where fp32 does not hold the tile's sums of squares,
+  /// all of that again with its rows divided by their largest y. tile: shared address of the lane's first
+  /// vector.
   template <typename Bias, typename Pack>
-  __device__ __forceinline__ float2 exchange_powers(uint32_t tile, const Bias& bias, Pack pack) const {
+  __device__ __forceinline__ Norms pack(uint32_t tile, const Bias& bias, Pack pack) const {
     const bool mapped = kMode != kRuntimeMode || params_.mode != kNoMapping;
-    Powers y;
-    float2 norms = {1.0f, 1.0f};
-    if (mapped) {
-      load(y, tile, bias);
-      norms = raise_by_mode(y);
-    } else {
-      load(y, tile);
+    float prescale = 1.0f;
+#pragma unroll 1
+    for (bool again = false;; again = true) {
+      Powers y;
+      float2 partial;
+      if (mapped) {
+        load(y, tile, bias);
+        map(y);
+        if (again) prescale = divide_by_largest(y);
+        partial = raise_by_mode(y);
+      } else {
+        load(y, tile);
+      }
+      pack(y);
+      if (!mapped) {
+        group_.barrier();
+        return {1.0f, 1.0f};
+      }
+      const Norms norms = exchange(partial);
+      if (again || safe(norms)) return {norms.linear, norms.power, prescale};
     }
-    pack(y);
-    if (mapped) return exchange(norms);
-    group_.barrier();
-    return norms;
   }
 
-  /// The warps' norms of the lane's own token, summed.
-  __device__ __forceinline__ float2 exchange(float2 norms) const {
-    return group_.exchange(norms, lane_.index,
-                           [](float2 a, float2 b) { return float2{a.x + b.x, a.y + b.y}; });
+  /// The warps' sums of squares of the lane's own token, added.
+  __device__ __forceinline__ Norms exchange(float2 partial) const {
+    const auto plus = [](float2 a, float2 b) { return float2{a.x + b.x, a.y + b.y}; };
+    const float2 sum = group_.exchange(partial, lane_.index, plus);
+    return {sum.x, sum.y};
   }
   /// Whether fp32 held all the sums of squares of the tile; the warps of a group agree.
-  static __device__ __forceinline__ bool safe(float2 norms) {
+  static __device__ __forceinline__ bool safe(const Norms& n) {
     constexpr float kTiny = 1e-36f, kHuge = 1e37f;
-    return __all_sync(kAllLanes, fminf(norms.x, norms.y) > kTiny && fmaxf(norms.x, norms.y) < kHuge);
-  }
-  /// Where it did not: divides the rows by their largest y first.
-  template <typename Bias, typename Pack, typename Use>
-  __device__ __forceinline__ void rescue(uint32_t tile, const Bias& bias, Pack pack, Use use) const {
-    const auto larger = [](float2 a, float2 b) { return float2{fmaxf(a.x, b.x), 0.0f}; };
-    Powers y;
-    load(y, tile, bias);
-    const float largest = group_.exchange({largest_y(y), 0.0f}, lane_.index, larger).x;
-    load(y, tile, bias);  // again: not to hold it meanwhile
-    const float own = largest > 0.0f ? 1.0f / largest : 1.0f;
-    float prescale[4];
-    quad_gather(prescale, own);
-    float2 norms = raise_all<kAnyPower>(y, prescale);
-    pack(y);
-    norms = exchange(norms);
-    use(y, Norms{norms.x, norms.y, own});
+    return __all_sync(kAllLanes, fminf(n.linear, n.power) > kTiny && fmaxf(n.linear, n.power) < kHuge);
   }
 
  private:
-  template <typename Bias, typename Pack>
-  __device__ __forceinline__ Norms finish(float2 norms, uint32_t tile, const Bias& bias, Pack pack) const {
-    Norms finished{norms.x, norms.y};
-    if (!safe(norms)) rescue(tile, bias, pack, [&](const Powers&, const Norms& found) { finished = found; });
-    return finished;
-  }
-
   __device__ __forceinline__ float2 raise_by_mode(Powers& y) const {
     if constexpr (kMode != kRuntimeMode) {
       return raise_all<kMode>(y);
-    } else if constexpr (kSlices > 2) {  // so much code that it had better be shared
-      return params_.mode == kAnyPower ? raise_all<kAnyPower>(y) : raise_all<kWholePower>(y);
-    } else {
-      switch (params_.mode) {
-        case 1:
-          return raise_all<1>(y);
-        case 2:
-          return raise_all<2>(y);
-        case 3:
-          return raise_all<3>(y);
-        case 4:
-          return raise_all<4>(y);
-        default:
-          return raise_all<kAnyPower>(y);
-      }
+    } else {  // a copy of the code for each is what takes the compiler's time
+      if (params_.mode == kAnyPower) return raise_all<kAnyPower>(y);
+      if (kSlices <= 2 && params_.mode == 3) return raise_all<3>(y);
+      return raise_all<kWholePower>(y);
     }
   }
 
@@ -335,6 +313,7 @@ class Focus {
   template <typename Unpack>
   static __device__ __forceinline__ void for_each_vector(Powers& y, uint32_t tile, Unpack unpack) {
     unrolled<kSlices>([&](auto s) {
+      if constexpr (kSlices > 2) __syncwarp();  // one after the other, in fewer registers
       unrolled<4>([&](auto r) {
         uint32_t x[4];
         load_shared<offset(s, r)>(x, tile);
@@ -349,6 +328,7 @@ class Focus {
   }
   /// y = relu(input + its positional encoding).
   static __device__ __forceinline__ void load(Powers& y, uint32_t tile, const LaneBias& bias) {
+    if (!bias.bias.data) return load(y, tile, NoBias{});
     load(y, tile);
 #pragma unroll
     for (int s = 0; s < kSlices; ++s) {
@@ -366,21 +346,31 @@ class Focus {
     });
   }
 
-  /// relu(x) to ((relu(x) + eps) / scale * prescale)^p; returns the sums of its square, before the power and
-  /// after, for the lane's own token over the warp's channels.
-  template <int kPower>
-  __device__ __forceinline__ float2 raise_all(Powers& y,
-                                              const float (&prescale)[4] = {1.0f, 1.0f, 1.0f, 1.0f}) const {
-    float linear[4] = {}, power[4] = {};
+  /// relu(x) to y = (relu(x) + eps) / scale.
+  __device__ __forceinline__ void map(Powers& y) const {
 #pragma unroll
     for (int s = 0; s < kSlices; ++s) {
       const LaneScale scale(inverse_scale_ + s * kSliceChannels, params_.eps);
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
 #pragma unroll
+        for (int i = 0; i < 8; ++i) y[s][r][i] = fmaf(y[s][r][i], scale.a[i], scale.b[i]);
+      }
+    }
+  }
+
+  /// y to y^p; returns the sums of its square, before and after, for the lane's own token over the warp's
+  /// channels.
+  template <int kPower>
+  __device__ __forceinline__ float2 raise_all(Powers& y) const {
+    float linear[4] = {}, power[4] = {};
+#pragma unroll
+    for (int s = 0; s < kSlices; ++s) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+#pragma unroll
         for (int i = 0; i < 8; ++i) {
           float& x = y[s][r][i];
-          x = fmaf(x, scale.a[i], scale.b[i]) * prescale[r];
           linear[r] = i + s ? fmaf(x, x, linear[r]) : x * x;
           x = raise<kPower>(x, params_.power);
           power[r] = i + s ? fmaf(x, x, power[r]) : x * x;
@@ -390,18 +380,25 @@ class Focus {
     return {quad_sum(linear, lane_.t), quad_sum(power, lane_.t)};
   }
 
-  __device__ __forceinline__ float largest_y(const Powers& y) const {
-    float largest[4] = {};
+  /// Divides the rows by their largest y, over all channels. Returns by how much that of the own token was
+  /// multiplied.
+  __device__ __forceinline__ float divide_by_largest(Powers& y) const {
+    const auto larger = [](float2 a, float2 b) { return float2{fmaxf(a.x, b.x), 0.0f}; };
+    float factor[4] = {};
 #pragma unroll
-    for (int s = 0; s < kSlices; ++s) {
-      const LaneScale scale(inverse_scale_ + s * kSliceChannels, params_.eps);
+    for (int r = 0; r < 4; ++r) {
 #pragma unroll
-      for (int r = 0; r < 4; ++r) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) largest[r] = fmaxf(largest[r], fmaf(y[s][r][i], scale.a[i], scale.b[i]));
-      }
+      for (int i = 0; i < kSlices * 8; ++i) factor[r] = fmaxf(factor[r], y[i / 8][r][i % 8]);
     }
-    return quad_max(largest, lane_.t);
+    const float largest = group_.exchange<1>({quad_max(factor, lane_.t), 0.0f}, lane_.index, larger).x;
+    const float own = largest > 0.0f ? 1.0f / largest : 1.0f;
+    quad_gather(factor, own);
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+#pragma unroll
+      for (int i = 0; i < kSlices * 8; ++i) y[i / 8][r][i % 8] *= factor[r];
+    }
+    return own;
   }
 
   const FocusParams& params_;

@@ -330,7 +330,6 @@ __global__ void __launch_bounds__(max_threads(kHeadDim, kTaps))
   const LaneTaps<kTaps> lane_taps(taps, tap_rows, tap_channel, lane);
   uint32_t biases =
       shared_address(taps) + TapTable<kTaps>::bias_offset(tap_rows) + (tap_channel + 2 * lane.t) * 4;
-  const int matrix = lane.index / 8;
   const Staging turn(staging + warp * Traits::kStagingBytes, lane);
   float eps = params.eps * state_scale;
   keep(biases);
@@ -378,27 +377,8 @@ __global__ void __launch_bounds__(max_threads(kHeadDim, kTaps))
 
     PixelRows<kTaps> pixels;
     if constexpr (kTaps > 0) {
-      const int left = x - kHalo + lane.index % 8, top = y - kHalo;
-      const auto column = [&](int at, uint32_t& pixel,
-                              int& step) {  // and the step to the row below
-        const bool inside = static_cast<unsigned>(at) < static_cast<unsigned>(grid.window_w);
-        pixel = inside ? pixels_begin + top * row_bytes + at * pixel_bytes : zeros;
-        step = inside ? row_bytes : 0;
-      };
-      const auto inside_rows = [&](int row) {
-        return static_cast<unsigned>(row) < static_cast<unsigned>(grid.window_h);
-      };
-      uint32_t pixel;
-      int step;
-      column(left + min(matrix, kTaps - 1), pixel, step);
-#pragma unroll
-      for (int j = 0; j < PixelRows<kTaps>::kRows; ++j, pixel += step) {
-        pixels.row[j] = inside_rows(top + j) ? pixel : zeros;
-        keep(pixels.row[j]);
-      }
-      column(left + 4, pixel, step);
-      pixels.fifth[0] = inside_rows(top + matrix) ? pixel + matrix * step : zeros;
-      pixels.fifth[1] = inside_rows(top + matrix + 4) ? pixel + (matrix + 4) * step : zeros;
+      pixels.point({pixels_begin, zeros, pixel_bytes, row_bytes, grid.window_w, grid.window_h}, x - kHalo,
+                   y - kHalo, lane);
     }
     next_step(x, y);
     if (y < grid.window_h) load(query, params.query.token, x, y);

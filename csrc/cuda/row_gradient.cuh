@@ -16,35 +16,12 @@
 
 namespace flatten::cuda::tensorcore {
 
-/// p y^(p - 1).
-__device__ __forceinline__ float derivative(float y, const FocusParams& params) {
-  switch (params.mode) {
-    case 1:
-      return 1.0f;
-    case 2:
-      return 2.0f * y;
-    case 3:
-      return 3.0f * y * y;
-    case 4:
-      return 4.0f * y * y * y;
-    default:
-      return params.power * raise<kAnyPower>(y, params.power - 1.0f);
-  }
-}
-
-__device__ __forceinline__ float power_of(float y, const FocusParams& params) {
-  switch (params.mode) {
-    case 1:
-      return y;
-    case 2:
-      return raise<2>(y, 2.0f);
-    case 3:
-      return raise<3>(y, 3.0f);
-    case 4:
-      return raise<4>(y, 4.0f);
-    default:
-      return raise<kAnyPower>(y, params.power);
-  }
+/// y^(p - 1) of a pair.
+__device__ __forceinline__ float2 raise_less_one(float2 y, const FocusParams& params) {
+  const float p = params.power - 1.0f;
+  if (params.mode == kAnyPower) return {raise<kAnyPower>(y.x, p), raise<kAnyPower>(y.y, p)};
+  if (params.mode == 1) return {1.0f, 1.0f};
+  return {raise<kWholePower>(y.x, p), raise<kWholePower>(y.y, p)};
 }
 
 /// What dy needs of a lane's four tokens.
@@ -161,29 +138,34 @@ __device__ __forceinline__ void gradient_of_powers(uint32_t (&x)[4][4], const La
 #pragma unroll
     for (int row = 0; row < 4; ++row) {
       const float2 input = add_bias<T>(Pair<T>::unpack(x[row][w]), bias, 0, row, 2 * w);
-      const auto gradient = [&](float value, float a, float r_value, float& sum) {
-        const float y = fmaf(fmaxf(value, 0.0f), a, params.eps * a) * terms.prescale[row];
-        const float rest = terms.gain[row] * (r_value - terms.power[row] * power_of(y, params));
-        const float dy = fmaf(derivative(y, params), rest, terms.linear[row] * y);
+      const auto mapped = [&](float value, float a) {
+        return fmaf(fmaxf(value, 0.0f), a, params.eps * a) * terms.prescale[row];
+      };
+      const float2 y = {mapped(input.x, scale.x), mapped(input.y, scale.y)};
+      const float2 raised = raise_less_one(y, params);
+      const auto gradient = [&](float value, float a, float y, float raised, float r_value, float& sum) {
+        const float rest = terms.gain[row] * fmaf(-terms.power[row], y * raised, r_value);
+        const float dy = fmaf(params.power * raised, rest, terms.linear[row] * y);
         sum = fmaf(dy, y, sum);
         return value > 0.0f ? dy * terms.prescale[row] * a : 0.0f;
       };
       const float* pair = &d[row / 2][row % 2 * 2];
-      const float low = gradient(input.x, scale.x, pair[0], sums.x);
-      x[row][w] = Pair<T>::pack(low, gradient(input.y, scale.y, pair[1], sums.y));
+      const float low = gradient(input.x, scale.x, y.x, raised.x, pair[0], sums.x);
+      x[row][w] = Pair<T>::pack(low, gradient(input.y, scale.y, y.y, raised.y, pair[1], sums.y));
     }
     scale_sums.template set<w>(sums);
   });
 }
 
 /// dx of the inputs x, in their place. Adds to scale_sums what the lane's channels contribute to the gradient
-/// of 1 / scale, times 1 / scale. r(b, d): d = block b of r over the gain, in the layout of `times`.
-template <typename T, int kMode, typename Sums, typename Product>
+/// of 1 / scale, times 1 / scale. r(b, d): d = block b of r over the gain, in the layout of `times`. kCubes:
+/// with code of its own for p = 3, where registers suffice for both.
+/// kCubes: with code of its own for p = 3, where registers suffice for both.
+template <typename T, bool kCubes, typename Sums, typename Product>
 __device__ __forceinline__ void gradient_rows(uint32_t (&x)[4][4], const LaneBias& bias,
                                               const float* inverse_scale, const FocusParams& params,
                                               RowTerms& terms, Sums& scale_sums, Product r) {
-  constexpr bool kCubesToo = kNarrow<T> && kMode == kRuntimeMode;  // fp16 has no kernels of p = 3 alone
-  if ((kMode == 3 || (kCubesToo && params.mode == 3)) && !terms.prescaled && !bias.bias.data) {
+  if (kCubes && params.mode == 3 && !terms.prescaled && !bias.bias.data) {
     gradient_of_cubes<T>(x, inverse_scale, params.eps, terms, scale_sums, r);
   } else {
     terms.load_prescale();

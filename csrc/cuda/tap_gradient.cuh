@@ -117,18 +117,19 @@ struct TapGradient {
   __device__ __forceinline__ void store(float* row, float* shared, int slices, int groups, int kernels,
                                         const Lane& lane) const {
     __syncthreads();
-    float* own = shared + threadIdx.x / 32 * kSums * 32 + channel(lane);
+    const int channels = slices * kSliceChannels, warp = threadIdx.x / 32;
+    float* own = shared + warp / slices * kSums * channels + warp % slices * kSliceChannels + channel(lane);
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) own[(i < kSums - 1 ? kSums - 2 - i : i) * 32] = sum[i];  // turned round
+    for (int i = 0; i < kSums; ++i, own += channels) *own = sum[i < kSums - 1 ? kSums - 2 - i : i];
     __syncthreads();
-    const int channels = slices * kSliceChannels;
+    const int repeats = channels / kernels;
     for (int i = threadIdx.x; i < kSums * kernels; i += blockDim.x) {
       const int tap = i / kernels, kernel = i - tap * kernels;
       float total = 0.0f;
       for (int group = 0; group < groups; ++group) {
-        for (int c = kernel; c < channels; c += kernels) {
-          total += shared[((group * slices + c / 32) * kSums + tap) * 32 + c % 32];
-        }
+        const float* from = shared + (group * kSums + tap) * channels + kernel;
+#pragma unroll 4
+        for (int n = repeats; n > 0; --n, from += kernels) total += *from;
       }
       row[i] = total;
     }

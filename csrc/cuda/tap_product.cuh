@@ -66,6 +66,12 @@ struct LaneTaps {
   }
 };
 
+/// A whole window in shared memory, row by row. What a patch needs from outside of it is at `zeros`.
+struct Raster {
+  uint32_t pixels, zeros;
+  int pixel_bytes, row_bytes, width, height;
+};
+
 /// Where a lane finds the input rows of 8 x 4 output pixels, for ldmatrix.
 template <int kTaps>
 struct PixelRows {
@@ -91,24 +97,31 @@ struct PixelRows {
     rest = (min(matrix + 4, kTaps - 1) - matrix) * pixel_bytes;
   }
 
-  /// The same where the whole window lies in shared memory in raster order: left, top: of the patch's input,
-  /// in the window; what is outside of it is at `zeros`. Not for kTaps 7.
-  __device__ __forceinline__ void point_window(uint32_t window, uint32_t zeros, int pixel_bytes, int width,
-                                               int height, int left, int top, const Lane& lane) {
+  /// The same in a raster. left, top: of the patch's input, in the window. Not for kTaps 7.
+  __device__ __forceinline__ void point(const Raster& raster, int left, int top, const Lane& lane) {
     static_assert(kTaps <= 5);
     int index = lane.index;
     keep(index);  // no part of this is known ahead of a loop over steps
-    const int matrix = index / 8, row_bytes = width * pixel_bytes;
+    const int matrix = index / 8;
     left += index % 8;
-    const auto at = [&](int x, int y) {
-      const bool inside = static_cast<unsigned>(x) < static_cast<unsigned>(width) &&
-                          static_cast<unsigned>(y) < static_cast<unsigned>(height);
-      return inside ? window + y * row_bytes + x * pixel_bytes : zeros;
+    const auto inside = [](int i, int size) {
+      return static_cast<unsigned>(i) < static_cast<unsigned>(size);
     };
+    uint32_t pixel;
+    int step;  // to the row below
+    const auto column = [&](int x) {
+      const bool has = inside(x, raster.width);
+      pixel = has ? raster.pixels + top * raster.row_bytes + x * raster.pixel_bytes : raster.zeros;
+      step = has ? raster.row_bytes : 0;
+    };
+    column(left + min(matrix, kTaps - 1));
 #pragma unroll
-    for (int j = 0; j < kRows; ++j) row[j] = at(left + min(matrix, kTaps - 1), top + j);
-    fifth[0] = at(left + 4, top + matrix);
-    fifth[1] = at(left + 4, top + matrix + 4);
+    for (int j = 0; j < kRows; ++j, pixel += step) {
+      row[j] = inside(top + j, raster.height) ? pixel : raster.zeros;
+    }
+    column(left + 4);
+    fifth[0] = inside(top + matrix, raster.height) ? pixel + matrix * step : raster.zeros;
+    fifth[1] = inside(top + matrix + 4, raster.height) ? pixel + (matrix + 4) * step : raster.zeros;
   }
 
   __device__ __forceinline__ void advance(int bytes) {

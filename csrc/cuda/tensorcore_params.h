@@ -45,8 +45,8 @@ constexpr int kAnyPower = 0;
 constexpr int kNoMapping = -1;
 /// As a template argument: any of these, as FocusParams::mode says.
 constexpr int kRuntimeMode = -2;
-/// That of calls of the paper's p = 3: bf16, which has a way of its own there (features.cuh), has kernels of
-/// it.
+/// That of forward calls of the paper's p = 3: bf16, which has a way of its own there (features.cuh), has
+/// kernels of it.
 template <Dtype kDtype>
 constexpr int kCubicMode = kDtype == Dtype::kBFloat16 ? 3 : kRuntimeMode;
 
@@ -134,14 +134,14 @@ struct ForwardKernels {
 template <Dtype kDtype, int kHeadDim, int kMode>
 const ForwardKernels& forward_kernels();
 
-/// The backward kernels of one element type, head dimension and mode, as forward.
+/// The backward kernels of one element type and head dimension, of all powers; units as forward.
 struct BackwardKernels {
   int (*query_shared)(int channels, int groups);
   cudaError_t (*query)(const QueryGradientParams& params, int chunks, int windows, cudaStream_t stream);
   int (*key_shared)(int taps, int channels, int patches, bool per_channel);
   cudaError_t (*key)(const KeyGradientParams& params, int taps, dim3 grid, cudaStream_t stream);
 };
-template <Dtype kDtype, int kHeadDim, int kMode>
+template <Dtype kDtype, int kHeadDim>
 const BackwardKernels& backward_kernels();
 
 /// The backward pass of small windows in one launch (backward_window_*.cu).
@@ -149,7 +149,7 @@ struct WindowGradientKernels {
   int (*shared_bytes)(int taps, int channels, int groups, bool per_channel, int keys);
   cudaError_t (*launch)(const WindowGradientParams& params, int taps, int windows, cudaStream_t stream);
 };
-template <Dtype kDtype, int kHeadDim, int kMode, int kThreads = kBackwardThreads>
+template <Dtype kDtype, int kHeadDim, int kThreads = kBackwardThreads>
 const WindowGradientKernels& window_gradient_kernels();
 
 /// `state` (windows, size) = the sum of `partial` (windows, chunks, size) over chunks, in their order.

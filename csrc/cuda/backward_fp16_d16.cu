@@ -2,7 +2,7 @@
 
 namespace flatten::cuda::tensorcore {
 template <>
-const BackwardKernels& backward_kernels<Dtype::kBFloat16, 32, 3>() {
-  return Backward<__nv_bfloat16, 32, 3>::kKernels;
+const BackwardKernels& backward_kernels<Dtype::kFloat16, 16>() {
+  return Backward<__half, 16>::kKernels;
 }
 }  // namespace flatten::cuda::tensorcore

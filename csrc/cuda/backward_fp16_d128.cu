@@ -2,7 +2,7 @@
 
 namespace flatten::cuda::tensorcore {
 template <>
-const BackwardKernels& backward_kernels<Dtype::kBFloat16, 64, 3>() {
-  return Backward<__nv_bfloat16, 64, 3>::kKernels;
+const BackwardKernels& backward_kernels<Dtype::kFloat16, 128>() {
+  return Backward<__half, 128>::kKernels;
 }
 }  // namespace flatten::cuda::tensorcore

@@ -1,0 +1,8 @@
+#include "backward_launch.cuh"
+
+namespace flatten::cuda::tensorcore {
+template <>
+const BackwardKernels& backward_kernels<Dtype::kFloat16, 32>() {
+  return Backward<__half, 32>::kKernels;
+}
+}  // namespace flatten::cuda::tensorcore
