@@ -254,11 +254,12 @@ __global__ void __launch_bounds__(max_threads(kHeadDim, kTaps), 1)
       if (more) load_queries(y + kStepRows);
 
       // d = Q times the fragments of a block.
+      uint32_t blocks = state;
       const auto times_state = [&](float (&d)[2][4], auto fragment) {
         const float zero[4] = {};
         unrolled<kSlices>([&](auto s) {
           uint32_t f[4];
-          load_shared<(fragment * kSlices + s) * 512>(f, state);
+          load_shared<(fragment * kSlices + s) * 512>(f, blocks);
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             const uint32_t (&upper)[4] = q[s][2 * i], (&lower)[4] = q[s][2 * i + 1];
@@ -282,35 +283,44 @@ __global__ void __launch_bounds__(max_threads(kHeadDim, kTaps), 1)
 
       PixelRows<kTaps> pixels;
       ring_rows.point(pixels, block);
-      uint32_t weights = lane_taps.address;
+      uint32_t weights = lane_taps.address, start_at = biases;
       int limit = y_stop - y;
-      // Two n-blocks, 16 channels, at a time.
-      unrolled<kBlocks / 2>([&](auto pair) {
-        unrolled<2>([&](auto half) {
-          constexpr int b = 2 * pair + half;
-          float o[2][4];
-          times_state(o, Constant<b>{});
-          float start[2] = {};
-          if constexpr (kTaps > 0) load_shared_pair<b * 32>(start, biases);
-          const float (&n)[4] = normalizer[Traits::kHeads == 2 ? pair : 0];
+      // A slice at a time in heads of 128, or all at once; two n-blocks, 16 channels, together.
+      constexpr int kAtOnce = kSlices > 2 ? 1 : kSlices;
+#pragma unroll 1
+      for (int slice = 0; slice < kSlices; slice += kAtOnce) {
+        unrolled<2 * kAtOnce>([&](auto pair) {
+          unrolled<2>([&](auto half) {
+            constexpr int b = 2 * pair + half;
+            float o[2][4];
+            times_state(o, Constant<b>{});
+            float start[2] = {};
+            if constexpr (kTaps > 0) load_shared_pair<b * 32>(start, start_at);
+            const float (&n)[4] = normalizer[Traits::kHeads == 2 ? pair : 0];
 #pragma unroll
-          for (int r = 0; r < 4; ++r) {
-            o[r / 2][r % 2 * 2] = fmaf(o[r / 2][r % 2 * 2], n[r], start[0]);
-            o[r / 2][r % 2 * 2 + 1] = fmaf(o[r / 2][r % 2 * 2 + 1], n[r], start[1]);
-          }
-          if constexpr (kTaps > 0) {
-            convolve<T, kTaps, b * 16>(o, pixels, weights);
-            weights += lane_taps.step;
-          }
-          unrolled<4>([&](auto r) {
-            turn.put<half, r>(Pair<T>::pack(o[r / 2][r % 2 * 2], o[r / 2][r % 2 * 2 + 1]));
+            for (int r = 0; r < 4; ++r) {
+              o[r / 2][r % 2 * 2] = fmaf(o[r / 2][r % 2 * 2], n[r], start[0]);
+              o[r / 2][r % 2 * 2 + 1] = fmaf(o[r / 2][r % 2 * 2 + 1], n[r], start[1]);
+            }
+            if constexpr (kTaps > 0) {
+              convolve<T, kTaps, b * 16>(o, pixels, weights);
+              weights += lane_taps.step;
+            }
+            unrolled<4>([&](auto r) {
+              turn.put<half, r>(Pair<T>::pack(o[r / 2][r % 2 * 2], o[r / 2][r % 2 * 2 + 1]));
+            });
           });
+          uint32_t vector[2][4];
+          turn.take(vector);
+          store_below<0, pair * 32>(limit, to[0], vector[0]);
+          store_below<2, pair * 32>(limit, to[1], vector[1]);
         });
-        uint32_t vector[2][4];
-        turn.take(vector);
-        store_below<0, pair * 32>(limit, to[0], vector[0]);
-        store_below<2, pair * 32>(limit, to[1], vector[1]);
-      });
+        if constexpr (kAtOnce < kSlices) {
+          blocks += 4 * kSlices * 512, start_at += kSliceChannels * 4;
+          pixels.advance(kSliceChannels * 2);
+          to[0] += kSliceChannels * 2, to[1] += kSliceChannels * 2;
+        }
+      }
     }
     block = block + 1 < Traits::kRingBlocks ? block + 1 : 0;
   }
