@@ -133,16 +133,20 @@ __global__ void __launch_bounds__(kThreads) gradient_of_key(const __grid_constan
   }
 }
 
-template <class T>
-cudaError_t launch_key_gradient(const BackwardCall& call, cudaStream_t stream) {
+/// By the taps' size: an instantiation unit may leave some of them to another (extern template).
+template <class T, int K>
+cudaError_t launch_key_taps(const BackwardCall& call, cudaStream_t stream) {
   using A = Acc<T>;
   const Plan& plan = call.plan;
   const std::int64_t blocks = call.params.geometry.batch * plan.windows * call.keys.groups * call.keys.chunks;
-  return with_taps<T>(call.params.taps, [&](auto taps) {
-    constexpr int K = decltype(taps)::value;
-    const auto shared = BackwardShared<A>::template key<K>(plan, call.keys.tiling) * sizeof(A);
-    return launch_kernel(gradient_of_key<T, kernel_taps<T>(K)>, call, blocks, shared, stream);
-  });
+  const auto shared = BackwardShared<A>::template key<K>(plan, call.keys.tiling) * sizeof(A);
+  return launch_kernel(gradient_of_key<T, kernel_taps<T>(K)>, call, blocks, shared, stream);
+}
+
+template <class T>
+cudaError_t launch_key_gradient(const BackwardCall& call, cudaStream_t stream) {
+  return with_taps<T>(call.params.taps,
+                      [&](auto taps) { return launch_key_taps<T, decltype(taps)::value>(call, stream); });
 }
 
 }  // namespace flatten::cuda::general

@@ -1,3 +1,7 @@
 #include "general_backward_key.cuh"
 
-template cudaError_t flatten::cuda::general::launch_key_gradient<float>(const BackwardCall&, cudaStream_t);
+namespace flatten::cuda::general {
+extern template cudaError_t launch_key_taps<float, 7>(const BackwardCall&, cudaStream_t);
+extern template cudaError_t launch_key_taps<float, kAnyTaps>(const BackwardCall&, cudaStream_t);
+template cudaError_t launch_key_gradient<float>(const BackwardCall&, cudaStream_t);
+}  // namespace flatten::cuda::general
