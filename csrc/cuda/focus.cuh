@@ -155,6 +155,18 @@ __device__ __forceinline__ float quad_max(const float (&v)[4], int t) {
   return fmaxf(odd ? b : a, shuffle_xor<1>(odd ? a : b));
 }
 
+/// The largest magnitude of the lane's own token in a warp's tiles.
+template <int kSlices>
+__device__ __forceinline__ float largest_of_row(const float (&y)[kSlices][4][8], const Lane& lane) {
+  float largest[4] = {};
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+#pragma unroll
+    for (int i = 0; i < kSlices * 8; ++i) largest[r] = fmaxf(largest[r], fabsf(y[i / 8][r][i % 8]));
+  }
+  return quad_max(largest, lane.t);
+}
+
 /// What the lanes of a quad hold for tokens g + 8t, for all of them: of token g + 8r in value r.
 __device__ __forceinline__ void quad_gather(float (&v)[4], float own) {
   v[0] = quad_broadcast<0>(own);
@@ -384,14 +396,9 @@ class Focus {
   /// multiplied.
   __device__ __forceinline__ float divide_by_largest(Powers& y) const {
     const auto larger = [](float2 a, float2 b) { return float2{fmaxf(a.x, b.x), 0.0f}; };
-    float factor[4] = {};
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-#pragma unroll
-      for (int i = 0; i < kSlices * 8; ++i) factor[r] = fmaxf(factor[r], y[i / 8][r][i % 8]);
-    }
-    const float largest = group_.exchange<1>({quad_max(factor, lane_.t), 0.0f}, lane_.index, larger).x;
+    const float largest = group_.exchange<1>({largest_of_row(y, lane_), 0.0f}, lane_.index, larger).x;
     const float own = largest > 0.0f ? 1.0f / largest : 1.0f;
+    float factor[4];
     quad_gather(factor, own);
 #pragma unroll
     for (int r = 0; r < 4; ++r) {

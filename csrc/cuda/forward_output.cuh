@@ -138,6 +138,53 @@ struct Staging {
   }
 };
 
+/// normalizer, the other part of the denominator in row 0, to 1 / (Q . m + eps) of each head.
+/// times_state(d, Constant<b>): d = Q times n-block b of the fragments, those of m from kFirst on.
+template <int kFirst, int kHeads, typename TimesState>
+__device__ __forceinline__ void invert_denominators(float (&normalizer)[kHeads][4],
+                                                    const TimesState& times_state) {
+  unrolled<kHeads>([&](auto h) {
+    constexpr int head = kHeads - 1 - h;  // the first one last: its `normalizer` is what all start from
+    float d[2][4];
+    times_state(d, Constant<kFirst + head>{});
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      normalizer[head][r] =
+          __fdividef(1.0f, d[r / 2][r % 2 * 2] + d[r / 2][r % 2 * 2 + 1] + normalizer[0][r]);
+    }
+  });
+}
+
+/// Computes and writes n-blocks 2 kPair and 2 kPair + 1, 16 channels: Q S normalised, the bias at `biases`
+/// and the taps over `pixels` at `weights`, which moves on by `step` for each. to, limit: as store_below.
+template <typename T, int kPair, int kTaps, typename TimesState>
+__device__ __forceinline__ void write_pair(const TimesState& times_state, const float (&normalizer)[4],
+                                           const PixelRows<kTaps>& pixels, uint32_t& weights, int step,
+                                           uint32_t biases, const Staging& turn, int limit,
+                                           char* const (&to)[2]) {
+  unrolled<2>([&](auto half) {
+    constexpr int b = 2 * kPair + half;
+    float o[2][4], start[2] = {};
+    times_state(o, Constant<b>{});
+    if constexpr (kTaps > 0) load_shared_pair<b * 32>(start, biases);
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      o[r / 2][r % 2 * 2] = fmaf(o[r / 2][r % 2 * 2], normalizer[r], start[0]);
+      o[r / 2][r % 2 * 2 + 1] = fmaf(o[r / 2][r % 2 * 2 + 1], normalizer[r], start[1]);
+    }
+    if constexpr (kTaps > 0) {
+      convolve<T, kTaps, b * 16>(o, pixels, weights);
+      weights += step;
+    }
+    unrolled<4>(
+        [&](auto r) { turn.put<half, r>(Pair<T>::pack(o[r / 2][r % 2 * 2], o[r / 2][r % 2 * 2 + 1])); });
+  });
+  uint32_t vector[2][4];
+  turn.take(vector);
+  store_below<0, kPair * 32>(limit, to[0], vector[0]);
+  store_below<2, kPair * 32>(limit, to[1], vector[1]);
+}
+
 template <typename T, int kHeadDim, int kTaps, int kMode>
 __global__ void __launch_bounds__(max_threads(kHeadDim, kTaps), 1)
     forward_output(const __grid_constant__ OutputParams params) {
@@ -269,17 +316,7 @@ __global__ void __launch_bounds__(max_threads(kHeadDim, kTaps), 1)
           }
         });
       };
-      unrolled<Traits::kHeads>([&](auto h) {
-        constexpr int head =
-            Traits::kHeads - 1 - h;  // the first one last: its `normalizer` is what all start from
-        float d[2][4];
-        times_state(d, Constant<kBlocks + head>{});
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          normalizer[head][r] =
-              __fdividef(1.0f, d[r / 2][r % 2 * 2] + d[r / 2][r % 2 * 2 + 1] + normalizer[0][r]);
-        }
-      });
+      invert_denominators<kBlocks>(normalizer, times_state);
 
       PixelRows<kTaps> pixels;
       ring_rows.point(pixels, block);
@@ -290,30 +327,8 @@ __global__ void __launch_bounds__(max_threads(kHeadDim, kTaps), 1)
 #pragma unroll 1
       for (int slice = 0; slice < kSlices; slice += kAtOnce) {
         unrolled<2 * kAtOnce>([&](auto pair) {
-          unrolled<2>([&](auto half) {
-            constexpr int b = 2 * pair + half;
-            float o[2][4];
-            times_state(o, Constant<b>{});
-            float start[2] = {};
-            if constexpr (kTaps > 0) load_shared_pair<b * 32>(start, start_at);
-            const float (&n)[4] = normalizer[Traits::kHeads == 2 ? pair : 0];
-#pragma unroll
-            for (int r = 0; r < 4; ++r) {
-              o[r / 2][r % 2 * 2] = fmaf(o[r / 2][r % 2 * 2], n[r], start[0]);
-              o[r / 2][r % 2 * 2 + 1] = fmaf(o[r / 2][r % 2 * 2 + 1], n[r], start[1]);
-            }
-            if constexpr (kTaps > 0) {
-              convolve<T, kTaps, b * 16>(o, pixels, weights);
-              weights += lane_taps.step;
-            }
-            unrolled<4>([&](auto r) {
-              turn.put<half, r>(Pair<T>::pack(o[r / 2][r % 2 * 2], o[r / 2][r % 2 * 2 + 1]));
-            });
-          });
-          uint32_t vector[2][4];
-          turn.take(vector);
-          store_below<0, pair * 32>(limit, to[0], vector[0]);
-          store_below<2, pair * 32>(limit, to[1], vector[1]);
+          write_pair<T, pair>(times_state, normalizer[Traits::kHeads == 2 ? pair : 0], pixels, weights,
+                              lane_taps.step, start_at, turn, limit, to);
         });
         if constexpr (kAtOnce < kSlices) {
           blocks += 4 * kSlices * 512, start_at += kSliceChannels * 4;

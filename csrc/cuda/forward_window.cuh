@@ -364,16 +364,7 @@ __global__ void __launch_bounds__(max_threads(kHeadDim, kTaps))
         }
       });
     };
-    unrolled<Traits::kHeads>([&](auto h) {
-      constexpr int head = Traits::kHeads - 1 - h;  // the first one last: all start from its `normalizer`
-      float d[2][4];
-      times_state(d, Constant<4 + head>{});
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        normalizer[head][r] =
-            __fdividef(1.0f, d[r / 2][r % 2 * 2] + d[r / 2][r % 2 * 2 + 1] + normalizer[0][r]);
-      }
-    });
+    invert_denominators<4>(normalizer, times_state);
 
     PixelRows<kTaps> pixels;
     if constexpr (kTaps > 0) {
@@ -384,30 +375,9 @@ __global__ void __launch_bounds__(max_threads(kHeadDim, kTaps))
     if (y < grid.window_h) load(query, params.query.token, x, y);
 
     uint32_t weights = lane_taps.address;
-    // Two n-blocks, 16 channels, at a time.
     unrolled<2>([&](auto pair) {
-      unrolled<2>([&](auto half) {
-        constexpr int b = 2 * pair + half;
-        float o[2][4], start[2] = {};
-        times_state(o, Constant<b>{});
-        if constexpr (kTaps > 0) load_shared_pair<b * 32>(start, biases);
-        const float (&factor)[4] = normalizer[Traits::kHeads == 2 ? pair : 0];
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          o[r / 2][r % 2 * 2] = fmaf(o[r / 2][r % 2 * 2], factor[r], start[0]);
-          o[r / 2][r % 2 * 2 + 1] = fmaf(o[r / 2][r % 2 * 2 + 1], factor[r], start[1]);
-        }
-        if constexpr (kTaps > 0) {
-          convolve<T, kTaps, b * 16>(o, pixels, weights);
-          weights += lane_taps.step;
-        }
-        unrolled<4>(
-            [&](auto r) { turn.put<half, r>(Pair<T>::pack(o[r / 2][r % 2 * 2], o[r / 2][r % 2 * 2 + 1])); });
-      });
-      uint32_t vector[2][4];
-      turn.take(vector);
-      store_below<0, pair * 32>(limit, to[0], vector[0]);
-      store_below<2, pair * 32>(limit, to[1], vector[1]);
+      write_pair<T, pair>(times_state, normalizer[Traits::kHeads == 2 ? pair : 0], pixels, weights,
+                          lane_taps.step, biases, turn, limit, to);
     });
   }
 #endif

@@ -40,13 +40,7 @@ __device__ __forceinline__ float pack_powers(uint32_t (&words)[kSlices][4][4],
                                              const Lane& lane) {
   float room[4] = {1.0f, 1.0f, 1.0f, 1.0f}, own = 1.0f;
   if constexpr (kNarrow<T>) {
-    float largest[4] = {};
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-#pragma unroll
-      for (int i = 0; i < kSlices * 8; ++i) largest[r] = fmaxf(largest[r], fabsf(y[i / 8][r][i % 8]));
-    }
-    own = fit(group.largest_of_partners<kPartners>(quad_max(largest, lane.t), lane.index));
+    own = fit(group.largest_of_partners<kPartners>(largest_of_row(y, lane), lane.index));
     quad_gather(room, own);
   }
 #pragma unroll

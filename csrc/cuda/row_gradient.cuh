@@ -160,7 +160,6 @@ __device__ __forceinline__ void gradient_of_powers(uint32_t (&x)[4][4], const La
 /// dx of the inputs x, in their place. Adds to scale_sums what the lane's channels contribute to the gradient
 /// of 1 / scale, times 1 / scale. r(b, d): d = block b of r over the gain, in the layout of `times`. kCubes:
 /// with code of its own for p = 3, where registers suffice for both.
-/// kCubes: with code of its own for p = 3, where registers suffice for both.
 template <typename T, bool kCubes, typename Sums, typename Product>
 __device__ __forceinline__ void gradient_rows(uint32_t (&x)[4][4], const LaneBias& bias,
                                               const float* inverse_scale, const FocusParams& params,
