@@ -8,7 +8,8 @@
 partitions and copies, and LePE as a convolution of its own. Equality of the logits is checked before anything
 is timed. "ceiling" is the model with an attention that only copies q: no operator can do less. Variants are
 interleaved within one process; the figure is the median over rounds, and a speed-up the median of the ratios
-within rounds, so that neither drift nor page faults of one process favour a side.
+within rounds, so that drift favours no side. Every model has a process of its own: glibc's malloc keeps more
+memory once a large buffer has been freed, so that a model after another no longer pays for its page faults.
 With --cpu-time, one thread and its processor time, other programs of a busy machine disturb the least.
 """
 
@@ -16,12 +17,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
 import json
+import multiprocessing
 import statistics
 import time
 import types
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -169,11 +171,11 @@ def ratios(theirs: list[float], ours: list[float]) -> list[float]:
 
 def measure(name: str, mode: str, args: argparse.Namespace) -> dict[str, Any]:
     """Times every variant of one model in one mode: "eager" or "compiled"."""
+    torch.set_num_threads(1 if args.cpu_time else args.threads)
     image = torch.randn(args.batch, 3, args.size, args.size)
     models = variants(name, original=not args.no_original)
     difference = check(models, image)
     if mode == "compiled":
-        torch._dynamo.reset()
         models = {key: torch.compile(model, dynamic=False) for key, model in models.items()}
 
     def forward(model: nn.Module) -> Callable[[], object]:
@@ -212,14 +214,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write JSON here")
     args = parser.parse_args()
     args.clock = "cpu" if args.cpu_time else "wall"
-    torch.set_num_threads(1 if args.cpu_time else args.threads)
     setup = {"machine": info.machine(), "clock": args.clock, "batch": args.batch, "size": args.size}
     print(json.dumps(setup | {"rounds": args.rounds}), flush=True)
     results = []
     for mode in ("eager", "compiled") if args.mode == "both" else (args.mode,):
         for name in args.models:
-            result = measure(name, mode, args)
-            gc.collect()
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                result = process.submit(measure, name, mode, args).result()
             results.append(result)
             rates = ", ".join(f"{key} {rate:.1f}" for key, rate in result["images_per_second"].items())
             gains = ", ".join(f"{gain:.2f}x {key}" for key, gain in result["speedup"].items())

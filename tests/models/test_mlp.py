@@ -28,6 +28,7 @@ def _untiled(model: torch.nn.Module) -> torch.nn.Module:
 @pytest.mark.parametrize("family", list(SMALL))
 def test_tiles_change_nothing(family: str, monkeypatch) -> None:
     monkeypatch.setattr(_mlp, "_TOKENS_TILE", 1 << 10)
+    monkeypatch.setattr(_mlp, "_LEAST_TOKENS", 1)
     monkeypatch.setattr(_mlp, "_IMAGES_TILE", 1 << 10)
     model = small(family).eval()
     plain = _untiled(model)
@@ -65,33 +66,92 @@ def test_tiles_bound_the_hidden_activations(conv: bool) -> None:
     hidden = x.shape[0] * x.shape[1] * 512 * 4
     assert peak(plain) >= 2 * hidden
     threads = torch.get_num_threads()
-    tile = _mlp._IMAGES_TILE if conv else _mlp._TOKENS_TILE * threads
+    tokens_tile = max(_mlp._TOKENS_TILE * threads, _mlp._LEAST_TOKENS * 512 * 4)
+    tile = _mlp._IMAGES_TILE if conv else tokens_tile
     assert peak(made) <= 4 * tile + 3 * x.nbytes
     torch.testing.assert_close(made(x, *size), plain(x, *size))
 
 
+def _tiled(conv: bool, **settings: bool) -> tuple[torch.nn.Module, tuple]:
+    """An MLP worth tiling, and arguments for it."""
+    torch.manual_seed(0)
+    mlp = (MlpWithDepthwiseConv(16, 512, **settings) if conv else Mlp(16, 512, **settings)).eval()
+    _mlp.tile_mlps(torch.nn.Sequential(mlp))
+    return mlp, (torch.randn(16, 32 * 32, 16), *(((32, 32),) if conv else ()))
+
+
+def _targets(mlp: torch.nn.Module, arguments: tuple, dynamic: bool = False) -> list:
+    """What the nodes of the one graph of torch.compile call, once its result is checked."""
+    torch._dynamo.reset()
+    recorded = EagerAndRecordGraphs()
+    with torch.no_grad():
+        out = torch.compile(mlp, fullgraph=True, dynamic=dynamic, backend=recorded)(*arguments)
+        torch.testing.assert_close(out, mlp(*arguments))
+    (graph,) = recorded.graphs
+    return [node.target for node in graph.graph.nodes]
+
+
+OPERATOR = torch.ops.flatten.mlp_in_tiles.default
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("conv", [False, True])
-def test_a_compiler_is_given_parts_of_known_sizes(conv: bool, monkeypatch) -> None:
-    made = MlpWithDepthwiseConv(16, 64) if conv else Mlp(16, 64)
-    plain = copy.deepcopy(made)
-    _mlp.tile_mlps(torch.nn.Sequential(made).eval())
-    x, size = torch.randn(8, 16 * 16, 16), ((16, 16),) if conv else ()
-    hidden = x.shape[0] * x.shape[1] * 64 * 4
+def test_to_a_compiler_it_is_one_operator(conv: bool, dynamic: bool) -> None:
+    mlp, arguments = _tiled(conv)
+    targets = _targets(mlp, arguments, dynamic)
+    assert targets.count(OPERATOR) == 1
+    assert torch._C._nn.linear not in targets
 
-    def layers(kept: int, dynamic: bool) -> int:
-        monkeypatch.setattr(_mlp, "_KEPT", kept)
-        torch._dynamo.reset()
-        recorded = EagerAndRecordGraphs()
-        with torch.no_grad():
-            out = torch.compile(made, fullgraph=True, dynamic=dynamic, backend=recorded)(x, *size)
-            torch.testing.assert_close(out, plain(x, *size))
-        (graph,) = recorded.graphs
-        return sum(node.target is torch._C._nn.linear for node in graph.graph.nodes)
 
-    assert layers(hidden, dynamic=False) == 2
-    assert layers(hidden // 2, dynamic=False) == 4
-    assert layers(hidden // 7, dynamic=False) == 16
-    assert layers(hidden // 7, dynamic=True) == 2
+@pytest.mark.parametrize("conv", [False, True])
+def test_a_compiler_sees_what_is_small(conv: bool) -> None:
+    mlp, (x, *size) = _tiled(conv)
+    targets = _targets(mlp, (x[:1], *size))
+    assert OPERATOR not in targets
+    assert targets.count(torch._C._nn.linear) == 2
+
+
+def test_a_compiler_sees_layers_that_do_more() -> None:
+    """The operator would leave out what a hook or another class of layer adds."""
+    mlp, arguments = _tiled(conv=False)
+    mlp.fc2.register_forward_hook(lambda module, given, out: 2 * out)
+    assert OPERATOR not in _targets(mlp, arguments)
+
+    class Adapted(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 1
+
+    mlp, arguments = _tiled(conv=False)
+    mlp.fc1.__class__ = Adapted
+    assert OPERATOR not in _targets(mlp, arguments)
+
+
+@pytest.mark.parametrize("conv", [False, True])
+def test_the_operator_follows_autocast(conv: bool) -> None:
+    mlp, arguments = _tiled(conv)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected = mlp(*arguments)
+        out = torch.compile(mlp, fullgraph=True, backend="aot_eager")(*arguments)
+    assert out.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "tanh", "images", "relu"])
+def test_the_operator_by_torchs_own_checks(kind: str, monkeypatch) -> None:
+    monkeypatch.setattr(_mlp, "_TOKENS_TILE", 1)
+    monkeypatch.setattr(_mlp, "_LEAST_TOKENS", 3)
+    monkeypatch.setattr(_mlp, "_IMAGES_TILE", 1)
+    conv = kind in ("images", "relu")
+    mlp, _ = _tiled(conv, **({"extra_relu": True} if kind == "relu" else {}))
+    weights = [mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias]
+    weights += [mlp.dwconv.weight, mlp.dwconv.bias] if conv else [None, None]
+    weights = [None if w is None else w.detach() for w in weights]
+    x = torch.randn(5, 4 * 6, 16) if conv else torch.randn(10, 16)
+    approximate = "tanh" if kind == "tanh" else "none"
+    arguments = (x, *weights, kind == "relu", [4, 6] if conv else None, approximate)
+    torch.library.opcheck(OPERATOR, arguments)
+    mlp.act.approximate = approximate
+    torch.testing.assert_close(OPERATOR(*arguments), mlp(x, (4, 6)) if conv else mlp(x))
 
 
 def test_other_mlps_are_left_alone() -> None:
