@@ -308,6 +308,28 @@ def test_zero_eps_and_dead_rows_give_zero_features():
         assert relative_error(found[name], value) < 1e-12, name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [16, 9])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_key_bias_gradient_wherever_it_is_summed(threads, batch, head_dim, dtype):
+    """In its own memory or beside it, stored or added, and zero for keys that are dead."""
+    arguments = Case(batch=batch, size=(16, 16), heads=2, head_dim=head_dim).arguments(dtype)
+    arguments["eps"] = 0.0
+    arguments["k"][:, 5] = -10.0
+    arguments["key_bias"] = arguments["key_bias"].to(dtype)
+    grad_out = torch.randn_like(arguments["q"])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = gradients(attention, arguments, grad_out)["key_bias"]
+    finally:
+        torch.set_num_threads(before)
+    expected = oracle_gradients(arguments, grad_out)["key_bias"]
+    assert torch.equal(found[5], torch.zeros_like(found[5]))
+    assert relative_error(found, expected) <= TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize(("batch", "tokens"), [(0, 12), (2, 0)])
 def test_empty(batch, tokens):
     q = torch.randn(batch, tokens, 8, requires_grad=True)

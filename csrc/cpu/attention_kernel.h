@@ -82,6 +82,15 @@ class AttentionKernel {
   i64 sums_elements() const { return c_.matrices() + c_.padded_count(); }
   Sums<T> sums_at(T* memory) const { return {memory, memory + c_.matrices()}; }
 
+  /// sums = the slots' partial sums, in order.
+  void add_partials(const T* partials, i64 stride, int slots, const Sums<T>& sums) const {
+    for (i64 i = 0; i < sums_elements(); i += kLanes<T>) {
+      Vec<T> sum = load(partials + i);
+      for (int s = 1; s < slots; ++s) sum = sum + load(partials + s * stride + i);
+      store(sums.s + i, sum);
+    }
+  }
+
   double forward_flops() const {
     const double taps = 2.0 * in_.taps.kernel_h * in_.taps.kernel_w;
     return static_cast<double>(geometry_.batch) * c_.count() *

@@ -40,6 +40,8 @@ class BackwardKernel : AttentionKernel<X> {
         Schedule::make(parallel, Base::pairs(), keys_.tokens(), 2 * Base::forward_flops(), share_all);
     const int slots = schedule.slots;
     shared.bias_slots = schedule.whole == 0 ? 1 : slots;
+    shared.bias_in_place = shared.bias_slots == 1 && c_.dim == c_.padded &&
+                           element_size(p_.grad_key_bias.dtype) == static_cast<i64>(sizeof(T));
     Arena measure;
     lay_out(measure, shared, slots);
     Arena arena(shared_workspace(measure.used()));
@@ -47,12 +49,15 @@ class BackwardKernel : AttentionKernel<X> {
     clear(shared.parameters, slots);
     // The gradient of key_bias may be as large as the keys, so all slots clear and sum it.
     const i64 bias_rows = p_.grad_key_bias ? keys_.tokens() : 0;
-    for_each_run(parallel, slots, shared.bias_slots * bias_rows, [&](i64 begin, i64 end) {
-      set_zero(shared.key_bias + begin * c_.padded_count(), (end - begin) * c_.padded_count());
-    });
+    if (Base::pairs() > 1) {
+      for_each_run(parallel, slots, shared.bias_slots * bias_rows, [&](i64 begin, i64 end) {
+        set_zero(shared.key_bias + begin * c_.padded_count(), (end - begin) * c_.padded_count());
+      });
+    }
 
     auto whole = [&](int slot) {
       Scratch scratch = make_scratch(shared, slot);
+      prepare_taps(scratch);
       const i64 end = schedule.begin(schedule.whole, slot + 1);
       for (i64 pair = schedule.begin(schedule.whole, slot); pair < end; ++pair) {
         if (needs_attention()) {
@@ -72,8 +77,10 @@ class BackwardKernel : AttentionKernel<X> {
     if (schedule.whole > 0) for_each_slot(parallel, slots, whole);
     for (i64 pair = schedule.whole; pair < schedule.pairs; ++pair)
       run_shared(parallel, schedule, pair, shared);
-    for_each_run(parallel, slots, bias_rows,
-                 [&](i64 begin, i64 end) { write_key_bias_gradient(shared, begin, end); });
+    if (!shared.bias_in_place) {
+      for_each_run(parallel, slots, bias_rows,
+                   [&](i64 begin, i64 end) { write_key_bias_gradient(shared, begin, end); });
+    }
     write_gradients(shared, slots);
   }
 
@@ -90,6 +97,7 @@ class BackwardKernel : AttentionKernel<X> {
     T* key_bias;  // bias_slots times window_keys padded rows
     i64 partial_stride, bias_elements;
     int bias_slots;
+    bool bias_in_place;  // key_bias is the gradient's own memory
   };
 
   struct Scratch {
@@ -130,7 +138,8 @@ class BackwardKernel : AttentionKernel<X> {
     s.partial_sums = arena.take<T>(slots * s.partial_stride);
     s.partial_gradients = arena.take<T>(slots * s.partial_stride);
     s.parameters = take_parameter_sums(arena, slots);
-    s.key_bias = arena.take<T>(s.bias_slots * s.bias_elements);
+    s.key_bias = s.bias_in_place ? static_cast<T*>(p_.grad_key_bias.data)
+                                 : arena.take<T>(s.bias_slots * s.bias_elements);
   }
 
   void lay_out(Arena& arena, Scratch& s) const {
@@ -156,11 +165,6 @@ class BackwardKernel : AttentionKernel<X> {
     Arena arena(thread_workspace(measure.used()));
     lay_out(arena, s);
     s.focus = Base::focus_parameters(s.inverse_scale);
-    if (needs_ring_) {
-      fill_weights(in_.taps, shape_, true, s.weights);
-      set_zero(s.zero_bias, c_.padded);
-      s.ring.clear();
-    }
     const i64 bias_slot = shared.bias_slots == 1 ? 0 : slot;
     clear(s.chain, 1);
     s.total = {shared.parameters.scale + slot * c_.padded_count(),
@@ -168,6 +172,13 @@ class BackwardKernel : AttentionKernel<X> {
                shared.parameters.weight + slot * weight_elements()};
     s.key_bias_sum = p_.grad_key_bias ? shared.key_bias + bias_slot * shared.bias_elements : nullptr;
     return s;
+  }
+
+  void prepare_taps(Scratch& s) const {
+    if (!needs_ring_) return;
+    fill_weights(in_.taps, shape_, true, s.weights);
+    set_zero(s.zero_bias, c_.padded);
+    s.ring.clear();
   }
 
   void clear(const Sums<T>& sums) const { set_zero(sums.s, Base::sums_elements()); }
@@ -204,7 +215,7 @@ class BackwardKernel : AttentionKernel<X> {
     };
     auto queries = [&](int slot) {
       Scratch scratch = make_scratch(shared, slot);
-      if (!p_.state) add_partials(shared.partial_sums, stride, slots, scratch.sums);
+      if (!p_.state) Base::add_partials(shared.partial_sums, stride, slots, scratch.sums);
       take_sums(pair, scratch);
       const Sums<T> gradients = Base::sums_at(shared.partial_gradients + slot * stride);
       clear(gradients);
@@ -213,8 +224,9 @@ class BackwardKernel : AttentionKernel<X> {
     };
     auto keys = [&](int slot) {
       Scratch scratch = make_scratch(shared, slot);
+      prepare_taps(scratch);
       if (needs_attention()) {
-        add_partials(shared.partial_gradients, stride, slots, scratch.gradients);
+        Base::add_partials(shared.partial_gradients, stride, slots, scratch.gradients);
         transpose_matrices(scratch.gradients.s, scratch.transposed);
       }
       key_pass(pair, schedule.begin(tiling_.count(), slot), schedule.begin(tiling_.count(), slot + 1),
@@ -228,11 +240,6 @@ class BackwardKernel : AttentionKernel<X> {
   }
 
   bool needs_attention() const { return needs_sums_ || needs_query_rows_; }
-
-  void add_partials(const T* partials, i64 stride, int slots, const Sums<T>& sums) const {
-    clear(sums);
-    for (int s = 0; s < slots; ++s) add_to(sums.s, partials + s * stride, Base::sums_elements());
-  }
 
   /// dq of positions [begin, end) of a window, and their part of dS, dm (without the 1 / M) and dscale.
   void query_pass(i64 pair, i64 begin, i64 end, Scratch& scratch, const Sums<T>& gradients) const {
@@ -394,7 +401,7 @@ class BackwardKernel : AttentionKernel<X> {
   void key_rows(const Block& block, const Scratch& scratch, const T* dot) const {
     const Rows<X> dx = rows_of<X>(p_.grad_key, block);
     const RowGradients<X, T> to{p_.grad_key.data ? dx.at : nullptr, scratch.key_bias_sum,
-                                p_.grad_scale ? scratch.chain.scale : nullptr};
+                                p_.grad_scale ? scratch.chain.scale : nullptr, Base::pairs() == 1};
     focus_key_.backward(rows_of<X>(in_.key, block).at, Base::bias_rows(block), block.count, scratch.gradient,
                         c_, scratch.focus, scratch.features.norms, dot, to);
   }

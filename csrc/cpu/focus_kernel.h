@@ -177,9 +177,10 @@ void focus_block(const X* const* x, BiasRows bias, int count, T* z, Channels c, 
 /// Where the gradients of a block's rows go, besides scale: each may be null.
 template <class X, class T>
 struct RowGradients {
-  X* const* dx;  // rounded and stored
-  T* bias_sum;   // rows like key_bias' but padded, to which dx is added
-  T* scale_sum;  // dy y added, padded like a row; the gradient of scale follows from it
+  X* const* dx;           // rounded and stored
+  T* bias_sum;            // rows like key_bias' but padded, to which dx is added
+  T* scale_sum;           // dy y added, padded like a row; the gradient of scale follows from it
+  bool is_first = false;  // bias_sum holds nothing yet
 };
 
 /// The gradients of R rows from row t on, none of them dead.
@@ -217,7 +218,7 @@ FLATTEN_INLINE void focus_rows_backward(const X* const* x, BiasRows bias, int t,
         }
         scale_sum = fma(dy, y, scale_sum);
         const Vec<T> dx = xv > 0 ? dy * inverse_scale : Vec<T>{};
-        if (bias_sum[r]) store(bias_sum[r] + at, load(bias_sum[r] + at) + dx);
+        if (bias_sum[r]) store(bias_sum[r] + at, to.is_first ? dx : load(bias_sum[r] + at) + dx);
         if (!to.dx) continue;
         X* out = to.dx[t + r] + h * c.dim + d;
         kWhole ? store(out, dx) : store_at_most(out, dx, left);
@@ -242,8 +243,10 @@ void focus_block_backward(const X* const* x, BiasRows bias, int count, const T* 
     }
     if (alive(t)) {
       focus_rows_backward<kP, kWhole, 1, B>(x, bias, t, r, c, f, norms, dot, to);
-    } else if (to.dx) {
-      __builtin_memset(to.dx[t], 0, static_cast<std::size_t>(c.count()) * sizeof(X));
+    } else {
+      if (to.dx) set_zero(to.dx[t], c.count());
+      if (to.bias_sum && to.is_first)
+        set_zero(to.bias_sum + bias.position[t] * c.padded_count(), c.padded_count());
     }
     ++t;
   }

@@ -26,6 +26,7 @@ class ForwardKernel : AttentionKernel<X> {
         Schedule::make(parallel, Base::pairs(), queries_.tokens(), Base::forward_flops(), false);
     auto whole = [&](int slot) {
       Scratch scratch = make_scratch();
+      prepare_taps(scratch);
       const i64 end = schedule.begin(schedule.whole, slot + 1);
       for (i64 pair = schedule.begin(schedule.whole, slot); pair < end; ++pair) {
         clear(scratch.sums);
@@ -50,10 +51,8 @@ class ForwardKernel : AttentionKernel<X> {
       };
       auto apply = [&](int slot) {
         Scratch scratch = make_scratch();
-        clear(scratch.sums);
-        for (int s = 0; s < schedule.slots; ++s) {
-          add_to(scratch.sums.s, partials + s * stride, Base::sums_elements());
-        }
+        prepare_taps(scratch);
+        Base::add_partials(partials, stride, schedule.slots, scratch.sums);
         if (state_ && slot == 0) Base::save_state(pair, scratch.sums, state_);
         attend(pair, schedule.begin(tiling_.count(), slot), schedule.begin(tiling_.count(), slot + 1),
                scratch);
@@ -92,12 +91,14 @@ class ForwardKernel : AttentionKernel<X> {
     Arena arena(thread_workspace(measure.used()));
     lay_out(arena, s);
     s.focus = Base::focus_parameters(s.inverse_scale);
-    if (in_.taps) {
-      fill_weights(in_.taps, shape_, false, s.weights);
-      fill_tap_bias(in_.taps, c_, s.bias);
-      s.ring.clear();
-    }
     return s;
+  }
+
+  void prepare_taps(Scratch& s) const {
+    if (!in_.taps) return;
+    fill_weights(in_.taps, shape_, false, s.weights);
+    fill_tap_bias(in_.taps, c_, s.bias);
+    s.ring.clear();
   }
 
   void clear(const Sums<T>& sums) const { set_zero(sums.s, Base::sums_elements()); }

@@ -114,34 +114,39 @@ void add_to(T* y, const T* x, i64 count) {
   for (i64 i = 0; i < count; i += kLanes<T>) store(y + i, load(y + i) + load(x + i));
 }
 
-/// kLanes elements of a parameter in its own dtype; fewer at the end of a row.
-template <class T>
-FLATTEN_INLINE Vec<T> load_parameter(const Parameter& p, i64 index, i64 count) {
+/// body(elements), with the elements of a parameter in their own dtype.
+template <class T, class Body>
+FLATTEN_INLINE auto with_elements(const Parameter& p, const Body& body) {
   if constexpr (sizeof(T) == 8) {
-    const double* x = static_cast<const double*>(p.data) + index;
-    return count < kLanes<T> ? load_partial(x, count) : load(x);
+    return body(static_cast<const double*>(p.data));
   } else {
-    const bool partial = count < kLanes<T>;
     switch (p.dtype) {
-      case Dtype::kBFloat16: {
-        const BFloat16* x = static_cast<const BFloat16*>(p.data) + index;
-        return partial ? load_partial(x, count) : load(x);
-      }
-      case Dtype::kFloat16: {
-        const Float16* x = static_cast<const Float16*>(p.data) + index;
-        return partial ? load_partial(x, count) : load(x);
-      }
-      default: {
-        const float* x = static_cast<const float*>(p.data) + index;
-        return partial ? load_partial(x, count) : load(x);
-      }
+      case Dtype::kBFloat16:
+        return body(static_cast<const BFloat16*>(p.data));
+      case Dtype::kFloat16:
+        return body(static_cast<const Float16*>(p.data));
+      default:
+        return body(static_cast<const float*>(p.data));
     }
   }
 }
 
+/// kLanes elements of a parameter; fewer at the end of a row.
+template <class T>
+FLATTEN_INLINE Vec<T> load_parameter(const Parameter& p, i64 index, i64 count) {
+  return with_elements<T>(p, [&](const auto* elements) { return load_at_most(elements + index, count); });
+}
+
+FLATTEN_INLINE float value_at(const float* p) { return *p; }
+FLATTEN_INLINE double value_at(const double* p) { return *p; }
+template <class X>
+FLATTEN_INLINE float value_at(const X* p) {
+  return load_partial(p, 1)[0];
+}
+
 template <class T>
 T read_parameter(const Parameter& p, i64 index) {
-  return load_parameter<T>(p, index, 1)[0];
+  return with_elements<T>(p, [&](const auto* elements) { return value_at(elements + index); });
 }
 
 /// Stores kLanes elements of a parameter in its own dtype; fewer at the end of a row.

@@ -41,16 +41,16 @@ struct TapsShape {
 template <class T>
 void fill_weights(const Taps& taps, const TapsShape<T>& shape, bool flipped, T* weights) {
   const Channels c = shape.channels;
+  const i64 area = shape.area();
   set_zero(weights, shape.weight_elements());
-  for (i64 h = 0; h < shape.weight_heads; ++h) {
-    for (i64 d = 0; d < c.dim; ++d) {
-      T* to = weights + shape.weight_vector(h, d / kLanes<T> * kLanes<T>) + d % kLanes<T>;
-      for (i64 k = 0; k < shape.area(); ++k) {
-        const i64 at = flipped ? shape.area() - 1 - k : k;
-        to[at * kLanes<T>] = read_parameter<T>(taps.weight, (h * c.dim + d) * shape.area() + k);
+  with_elements<T>(taps.weight, [&](const auto* from) {
+    for (i64 h = 0; h < shape.weight_heads; ++h) {
+      for (i64 d = 0; d < c.dim; ++d, from += area) {
+        T* to = weights + shape.weight_vector(h, d / kLanes<T> * kLanes<T>) + d % kLanes<T>;
+        for (i64 k = 0; k < area; ++k) to[(flipped ? area - 1 - k : k) * kLanes<T>] = value_at(from + k);
       }
     }
-  }
+  });
 }
 
 /// The bias of every channel, padded like a row; zeros without one.
