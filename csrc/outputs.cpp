@@ -19,12 +19,13 @@ namespace {
 using torch::headeronly::ScalarType;
 using Sizes = std::vector<std::int64_t>;
 
-/// Asks for large pages for a new block of memory that the C library maps anew for every allocation (glibc:
-/// above 32 MiB). The kernel's faults for its small pages take half as long as computing what goes there.
+/// Asks for large pages for a new block of memory. The C library maps a very large one anew for every
+/// allocation (glibc: above 32 MiB) and gives smaller ones back whenever enough of its heap is free; the
+/// system's faults for small pages then take up to half as long as computing what goes there.
 void prefer_large_pages(void* data, std::int64_t bytes) {
 #ifdef __linux__
-  constexpr std::int64_t kMappedAnew = 32 << 20;
-  if (bytes <= kMappedAnew) return;
+  constexpr std::int64_t kLeast = 4 << 20;
+  if (bytes < kLeast) return;
   const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
   const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(data) + page - 1) / page * page;
   const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(data) + bytes) / page * page;
