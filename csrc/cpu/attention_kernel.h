@@ -152,6 +152,7 @@ class AttentionKernel {
         keys_.fill(next, image(pair), window(pair), at + kBlock, smaller(kBlock, end - at - kBlock));
         upcoming.add(rows_of<X>(in_.key, next), next.count, c_.count());
         upcoming.add(rows_of<X>(in_.value, next), next.count, c_.count());
+        expect_bias(next, upcoming);
       } else {
         first_block(queries_, pair, next);
         upcoming.add(rows_of<X>(in_.query, next), next.count, c_.count());
@@ -165,6 +166,17 @@ class AttentionKernel {
         add_weighted_rows(z, weight, block.count, c_.padded, sums.m + h * c_.padded);
       }
     }
+  }
+
+  /// Adds what a block's keys will read of key_bias, unless other images keep it in the caches.
+  void expect_bias(const Block& block, Upcoming& upcoming) const {
+    const Parameter& bias = in_.mapping.key_bias;
+    if (!bias || pairs() > 1 || element_size(bias.dtype) != static_cast<i64>(sizeof(X))) return;
+    Rows<const X> rows;
+    for (int t = 0; t < block.count; ++t) {
+      rows.at[t] = static_cast<const X*>(bias.data) + block.position[t] * c_.count();
+    }
+    upcoming.add(rows, block.count, c_.count());
   }
 
   // The state keeps S and m without padding: (pairs, heads, dim, dim), then m, pair by pair.

@@ -305,6 +305,7 @@ class BackwardKernel : AttentionKernel<X> {
     upcoming.add(rows_of<X>(in_.value, block), block.count, c_.count());
     if (p_.grad_value.data) upcoming.add(rows_of<X>(p_.grad_value, block), block.count, c_.count());
     if (p_.grad_key.data) upcoming.add(rows_of<X>(p_.grad_key, block), block.count, c_.count());
+    Base::expect_bias(block, upcoming);
   }
 
   /// w += b m with b = -a (z . w), for the rows of one head of a block. The row's sum of z times the result

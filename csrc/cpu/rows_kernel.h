@@ -55,7 +55,7 @@ class Upcoming {
 
  private:
   static constexpr i64 kLine = 64;
-  static constexpr int kMost = 5 * kBlock;
+  static constexpr int kMost = 6 * kBlock;
   const char* row_[kMost];
   int rows_ = 0, at_ = 0;
   i64 bytes_ = 0, offset_ = 0, lines_ = 0, steps_ = 1, per_step_ = 0;
