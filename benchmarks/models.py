@@ -171,7 +171,7 @@ def ratios(theirs: list[float], ours: list[float]) -> list[float]:
 
 def measure(name: str, mode: str, args: argparse.Namespace) -> dict[str, Any]:
     """Times every variant of one model in one mode: "eager" or "compiled"."""
-    torch.set_num_threads(1 if args.cpu_time else args.threads)
+    torch.set_num_threads(args.threads)
     image = torch.randn(args.batch, 3, args.size, args.size)
     models = variants(name, original=not args.no_original)
     difference = check(models, image)
@@ -214,6 +214,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write JSON here")
     args = parser.parse_args()
     args.clock = "cpu" if args.cpu_time else "wall"
+    args.threads = 1 if args.cpu_time else args.threads
+    torch.set_num_threads(args.threads)  # as every model's process does: the record says how many
     setup = {"machine": info.machine(), "clock": args.clock, "batch": args.batch, "size": args.size}
     print(json.dumps(setup | {"rounds": args.rounds}), flush=True)
     results = []
