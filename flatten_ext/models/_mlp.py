@@ -52,11 +52,11 @@ class _TiledMlp(Mlp):
         tokens = x.reshape(-1, x.shape[-1])
         token_bytes = self.fc1.out_features * x.element_size()
         if torch.compiler.is_compiling():
-            few = tokens.shape[0] < _LEAST_TILES * max(_LEAST_TOKENS, _TOKENS_TILE // token_bytes)
+            few = tokens.shape[0] < _LEAST_TILES * _tokens_in_tile(token_bytes, threads=1)
             if statically_known_true(few) or not _is_plain(self):
                 return super().forward(x)
             return _as_operator(self, tokens).view(*x.shape[:-1], -1)
-        tile = _tokens_in_tile(token_bytes)
+        tile = _tokens_in_tile(token_bytes, torch.get_num_threads())
         if tokens.shape[0] < _LEAST_TILES * tile:
             return super().forward(x)
         parts = [super(_TiledMlp, self).forward(part) for part in tokens.split(tile)]
@@ -98,13 +98,17 @@ def _may_tile(mlp: nn.Module, x: Tensor) -> bool:
 
 
 def _is_plain(mlp: nn.Module) -> bool:
-    """Whether the layers compute no more than the operator: no adapter, hook or other activation."""
-    hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in mlp.children())
-    return type(mlp.act) is nn.GELU and not hooked and all(type(layer) in _PLAIN for layer in mlp.children())
+    """Whether the layers compute no more than the operator: no adapter, hook, dropout or other activation."""
+
+    def plain(layer: nn.Module) -> bool:
+        does_more = layer.training or layer._forward_hooks or layer._forward_pre_hooks
+        return type(layer) in _PLAIN and not does_more
+
+    return type(mlp.act) is nn.GELU and all(plain(layer) for layer in mlp.children())
 
 
-def _tokens_in_tile(token_bytes: int) -> int:
-    return max(_LEAST_TOKENS, _TOKENS_TILE * torch.get_num_threads() // token_bytes)
+def _tokens_in_tile(token_bytes: int, threads: int) -> int:
+    return max(_LEAST_TOKENS, _TOKENS_TILE * threads // token_bytes)
 
 
 def _images_in_tile(image_bytes: int) -> int:
@@ -156,7 +160,10 @@ def mlp_in_tiles(
         The shape of x with the channels of the second layer.
     """
     row_bytes = math.prod(x.shape[1:-1]) * weight1.shape[0] * x.element_size()
-    tile = _tokens_in_tile(row_bytes) if conv_weight is None else _images_in_tile(row_bytes)
+    if conv_weight is None:
+        tile = _tokens_in_tile(row_bytes, torch.get_num_threads())
+    else:
+        tile = _images_in_tile(row_bytes)
     out = x.new_empty(*x.shape[:-1], weight2.shape[0])
     for part, to in zip(x.split(tile), out.split(tile), strict=True):
         hidden = F.linear(part, weight1, bias1)
