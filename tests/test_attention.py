@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flatten_ext import reference
+from flatten_ext.bench import timing
 
 attention = torch.ops.flatten.attention
 CONV_CASES = ["taps", "no-bias", "taps-3x7", "taps-larger-than-map", "per-channel", "prefix", "shifted"]
@@ -257,14 +258,10 @@ def test_sums_of_a_long_convolution_keep_their_precision():
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("name", ["large-map", "shifted", "batch-1-many-blocks"])
 def test_bitwise_deterministic(name, threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        arguments = CASES[name].arguments(torch.float32)
-        grad_out = torch.randn_like(arguments["q"])
+    arguments = CASES[name].arguments(torch.float32)
+    grad_out = torch.randn_like(arguments["q"])
+    with timing.threads(threads):
         runs = [gradients(attention, arguments, grad_out) for _ in range(3)]
-    finally:
-        torch.set_num_threads(before)
     for run in runs[1:]:
         for key, value in run.items():
             assert torch.equal(value, runs[0][key]), key
@@ -319,12 +316,8 @@ def test_key_bias_gradient_wherever_it_is_summed(threads, batch, head_dim, dtype
     arguments["k"][:, 5] = -10.0
     arguments["key_bias"] = arguments["key_bias"].to(dtype)
     grad_out = torch.randn_like(arguments["q"])
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with timing.threads(threads):
         found = gradients(attention, arguments, grad_out)["key_bias"]
-    finally:
-        torch.set_num_threads(before)
     expected = oracle_gradients(arguments, grad_out)["key_bias"]
     assert torch.equal(found[5], torch.zeros_like(found[5]))
     assert relative_error(found, expected) <= TOLERANCE[dtype]

@@ -47,7 +47,8 @@ class BackwardKernel : AttentionKernel<X> {
     Arena arena(shared_workspace(measure.used()));
     lay_out(arena, shared, slots);
     clear(shared.parameters, slots);
-    // The gradient of key_bias may be as large as the keys, so all slots clear and sum it.
+    // The gradient of key_bias may be as large as the keys, so all slots clear and sum it. That of a single
+    // pair is stored, not added.
     const i64 bias_rows = p_.grad_key_bias ? keys_.tokens() : 0;
     if (Base::pairs() > 1) {
       for_each_run(parallel, slots, shared.bias_slots * bias_rows, [&](i64 begin, i64 end) {

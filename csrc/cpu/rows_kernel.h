@@ -114,19 +114,28 @@ void add_to(T* y, const T* x, i64 count) {
   for (i64 i = 0; i < count; i += kLanes<T>) store(y + i, load(y + i) + load(x + i));
 }
 
+template <class X>
+FLATTEN_INLINE const X* elements_of(const Parameter& p) {
+  return static_cast<const X*>(p.data);
+}
+template <class X>
+FLATTEN_INLINE X* elements_of(const MutableParameter& p) {
+  return static_cast<X*>(p.data);
+}
+
 /// body(elements), with the elements of a parameter in their own dtype.
-template <class T, class Body>
-FLATTEN_INLINE auto with_elements(const Parameter& p, const Body& body) {
+template <class T, class P, class Body>
+FLATTEN_INLINE auto with_elements(const P& p, const Body& body) {
   if constexpr (sizeof(T) == 8) {
-    return body(static_cast<const double*>(p.data));
+    return body(elements_of<double>(p));
   } else {
     switch (p.dtype) {
       case Dtype::kBFloat16:
-        return body(static_cast<const BFloat16*>(p.data));
+        return body(elements_of<BFloat16>(p));
       case Dtype::kFloat16:
-        return body(static_cast<const Float16*>(p.data));
+        return body(elements_of<Float16>(p));
       default:
-        return body(static_cast<const float*>(p.data));
+        return body(elements_of<float>(p));
     }
   }
 }
@@ -149,21 +158,10 @@ T read_parameter(const Parameter& p, i64 index) {
   return with_elements<T>(p, [&](const auto* elements) { return value_at(elements + index); });
 }
 
-/// Stores kLanes elements of a parameter in its own dtype; fewer at the end of a row.
+/// Stores kLanes elements of a parameter; fewer at the end of a row.
 template <class T>
 FLATTEN_INLINE void store_parameter(const MutableParameter& p, i64 index, Vec<T> x, i64 count) {
-  if constexpr (sizeof(T) == 8) {
-    store_at_most(static_cast<double*>(p.data) + index, x, count);
-  } else {
-    switch (p.dtype) {
-      case Dtype::kBFloat16:
-        return store_at_most(static_cast<BFloat16*>(p.data) + index, x, count);
-      case Dtype::kFloat16:
-        return store_at_most(static_cast<Float16*>(p.data) + index, x, count);
-      default:
-        return store_at_most(static_cast<float*>(p.data) + index, x, count);
-    }
-  }
+  with_elements<T>(p, [&](auto* elements) { store_at_most(elements + index, x, count); });
 }
 
 template <class T>
