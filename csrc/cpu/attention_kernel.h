@@ -5,6 +5,7 @@
 #include "focus_kernel.h"
 #include "gemm_kernel.h"
 #include "schedule.h"
+#include "scores_kernel.h"
 #include "taps_kernel.h"
 #include "workspace.h"
 
@@ -91,6 +92,11 @@ class AttentionKernel {
     }
   }
 
+  /// Whether the windows are so small that their scores take fewer products than S does.
+  bool can_score() const {
+    return keys_.prefix == 0 && scores_pay(queries_.tokens(), keys_.tokens(), c_.dim);
+  }
+
   double forward_flops() const {
     const double taps = 2.0 * in_.taps.kernel_h * in_.taps.kernel_w;
     return static_cast<double>(geometry_.batch) * c_.count() *
@@ -166,6 +172,13 @@ class AttentionKernel {
         add_weighted_rows(z, weight, block.count, c_.padded, sums.m + h * c_.padded);
       }
     }
+  }
+
+  /// A window's keys, for its scores.
+  void score_keys(const Block& block, const FocusParameters<T>& f, Scores<T>& scores) const {
+    focus_key_.forward(rows_of<X>(in_.key, block).at, bias_rows(block), block.count, scores.z, c_, f,
+                       scores.norms);
+    scores.weigh_keys();
   }
 
   /// Adds what a block's keys will read of key_bias, unless other images keep it in the caches.

@@ -4,7 +4,8 @@
 //                  factor dQ = W - b m                dS = sum of (z^p)^T (a g)    dm = -sum of b z^p
 //     key pass     dK = (V dS^T + dm) / M             dV = K dS / M + flipped taps of g
 //
-// W gives both dQ and the quotient's derivative, so the output is not computed again.
+// W gives both dQ and the quotient's derivative, so the output is not computed again. Small windows go by
+// scores_kernel.h instead, all but what follows dQ, dK and dV.
 #pragma once
 
 #include "attention_kernel.h"
@@ -28,7 +29,8 @@ class BackwardKernel : AttentionKernel<X> {
         needs_key_rows_(p.grad_key.data || p.grad_scale || p.grad_key_bias),
         needs_query_rows_(p.grad_query.data || p.grad_scale),
         needs_sums_(needs_key_rows_ || p.grad_value.data),
-        needs_ring_(p.taps && (p.grad_value.data || p.grad_weight || p.grad_bias)) {}
+        needs_ring_(p.taps && (p.grad_value.data || p.grad_weight || p.grad_bias)),
+        by_scores_(Base::can_score()) {}
 
   void run(const Parallel& parallel) {
     constexpr i64 kMostBiasBytes = 8 << 20;
@@ -61,7 +63,13 @@ class BackwardKernel : AttentionKernel<X> {
       prepare_taps(scratch);
       const i64 end = schedule.begin(schedule.whole, slot + 1);
       for (i64 pair = schedule.begin(schedule.whole, slot); pair < end; ++pair) {
-        if (needs_attention()) {
+        if (by_scores_ && needs_attention()) {
+          Block keys;
+          Base::first_block(keys_, pair, keys);
+          Base::score_keys(keys, scratch.focus, scratch.scores);
+          scratch.values_of_window = rows_of<X>(in_.value, keys);
+          query_pass(pair, 0, queries_.tokens(), scratch, scratch.gradients);
+        } else if (needs_attention()) {
           if (!p_.state) {
             clear(scratch.sums);
             Base::sum_keys(pair, 0, keys_.tokens(), scratch.focus, scratch.features, scratch.packed,
@@ -109,6 +117,8 @@ class BackwardKernel : AttentionKernel<X> {
     T *packed, *dv;  // one head of a block
     Sums<T> sums, gradients;
     T* transposed;  // S^T in the query pass, dS^T in the key pass
+    Scores<T> scores;
+    Rows<const X> values_of_window;  // by scores
     T *weights, *zero_bias;
     TapsRing<X, T> ring;
     ParameterSums chain, total;  // of the tokens since the last end_chain; of this slot, in Shared
@@ -153,6 +163,7 @@ class BackwardKernel : AttentionKernel<X> {
     s.gradients = Base::sums_at(arena.take<T>(Base::sums_elements()));
     s.transposed = arena.take<T>(c_.matrices());
     s.chain = take_parameter_sums(arena, 1);
+    if (by_scores_) s.scores.take(arena, c_, static_cast<int>(keys_.tokens()), true);
     if (!needs_ring_) return;
     s.weights = arena.take<T>(shape_.weight_elements());
     s.zero_bias = arena.take<T>(c_.padded);
@@ -168,6 +179,7 @@ class BackwardKernel : AttentionKernel<X> {
     s.focus = Base::focus_parameters(s.inverse_scale);
     const i64 bias_slot = shared.bias_slots == 1 ? 0 : slot;
     clear(s.chain, 1);
+    if (by_scores_) s.scores.clear();
     s.total = {shared.parameters.scale + slot * c_.padded_count(),
                shared.parameters.bias + slot * c_.padded_count(),
                shared.parameters.weight + slot * weight_elements()};
@@ -186,7 +198,7 @@ class BackwardKernel : AttentionKernel<X> {
 
   void transpose_matrices(const T* from, T* to) const {
     for (i64 h = 0; h < c_.heads; ++h) {
-      transpose(from + h * c_.matrix(), to + h * c_.matrix(), c_.dim, c_.padded);
+      transpose(from + h * c_.matrix(), to + h * c_.matrix(), c_.dim, c_.dim, c_.padded);
     }
   }
 
@@ -252,10 +264,8 @@ class BackwardKernel : AttentionKernel<X> {
   }
 
   void query_chain(i64 pair, i64 begin, i64 end, Scratch& scratch, const Sums<T>& gradients) const {
-    T *g = scratch.packed, *w = scratch.gradient;
     Features<T>& features = scratch.features;
-    T ones[kBlock], rest[kBlock], a[kBlock], b[kBlock];
-    for (T& one : ones) one = 1;
+    T rest[kBlock];
     Block block, next;
     Upcoming upcoming;
     queries_.fill(block, Base::image(pair), Base::window(pair), begin, smaller(kBlock, end - begin));
@@ -273,27 +283,53 @@ class BackwardKernel : AttentionKernel<X> {
       const Rows<const X> grad_out = rows_of<X>(p_.grad_out, block);
       T dot[kBlock] = {};
       for (i64 h = 0; h < c_.heads; ++h) {
-        const T* z = features.z + h * c_.head_stride();
-        const T* m = scratch.sums.m + h * c_.padded;
-        T* wh = w + h * c_.head_stride();
-        row_dots(z, m, block.count, c_.padded, a);
-        for (int t = 0; t < block.count; ++t) a[t] = 1 / (a[t] + rest[t]);
-        pack_head(grad_out, block.count, h, c_, a, g);
-        gemm_.product(block.count, c_.dim, c_.padded, g, scratch.transposed + h * c_.matrix(), nullptr, ones,
-                      wh, upcoming);
-        quotient_rule(block.count, a, z, m, wh, b);
-        for (int t = 0; t < block.count; ++t) dot[t] -= b[t] * rest[t];
-        if (!needs_sums_) continue;
-        add_weighted_rows(z, b, block.count, c_.padded, gradients.m + h * c_.padded);
-        gemm_.outer_product(block.count, c_.dim, c_.padded, z, g, gradients.s + h * c_.matrix(), upcoming);
+        if (by_scores_) {
+          score_head(h, block.count, grad_out, rest, scratch, dot, upcoming);
+        } else {
+          query_head(h, block.count, grad_out, rest, scratch, gradients, dot, upcoming);
+        }
       }
       if (!needs_query_rows_) continue;
       const Rows<X> dx = rows_of<X>(p_.grad_query, block);
       const RowGradients<X, T> to{p_.grad_query.data ? dx.at : nullptr, nullptr,
                                   p_.grad_scale ? scratch.chain.scale : nullptr};
-      focus_query_.backward(rows_of<X>(in_.query, block).at, {}, block.count, w, c_, scratch.focus,
-                            features.norms, dot, to);
+      focus_query_.backward(rows_of<X>(in_.query, block).at, {}, block.count, scratch.gradient, c_,
+                            scratch.focus, features.norms, dot, to);
     }
+  }
+
+  /// factor dQ of one head of a block, its part of every row's dot product with z, and of dS and dm.
+  void query_head(i64 h, int count, const Rows<const X>& grad_out, const T* rest, const Scratch& scratch,
+                  const Sums<T>& gradients, T* dot, Upcoming& upcoming) const {
+    const T *z = scratch.features.z + h * c_.head_stride(), *m = scratch.sums.m + h * c_.padded;
+    T *g = scratch.packed, *w = scratch.gradient + h * c_.head_stride();
+    T a[kBlock], b[kBlock], ones[kBlock];
+    for (T& one : ones) one = 1;
+    row_dots(z, m, count, c_.padded, a);
+    for (int t = 0; t < count; ++t) a[t] = 1 / (a[t] + rest[t]);
+    pack_head(grad_out, count, h, c_, a, g);
+    gemm_.product(count, c_.dim, c_.padded, g, scratch.transposed + h * c_.matrix(), nullptr, ones, w,
+                  upcoming);
+    quotient_rule(count, a, z, m, w, b);
+    for (int t = 0; t < count; ++t) dot[t] -= b[t] * rest[t];
+    if (!needs_sums_) return;
+    add_weighted_rows(z, b, count, c_.padded, gradients.m + h * c_.padded);
+    gemm_.outer_product(count, c_.dim, c_.padded, z, g, gradients.s + h * c_.matrix(), upcoming);
+  }
+
+  /// The same of a small window, with factor dK and dV in place of dS and dm.
+  void score_head(i64 h, int count, const Rows<const X>& grad_out, const T* rest, const Scratch& scratch,
+                  T* dot, Upcoming& upcoming) const {
+    const Scores<T>& scores = scratch.scores;
+    const T* z = scratch.features.z + h * c_.head_stride();
+    T* g = scratch.packed;
+    T a[kBlock], b[kBlock];
+    scores.score(h, count, z, rest, a, upcoming);
+    pack_head(grad_out, count, h, c_, a, g);
+    pack_head(scratch.values_of_window, static_cast<int>(keys_.tokens()), h, c_, scores.ones, scores.values);
+    scores.differentiate(h, count, g, a, b, scratch.gradient + h * c_.head_stride(), upcoming);
+    for (int t = 0; t < count; ++t) dot[t] += b[t] * rest[t];
+    if (needs_sums_) scores.differentiate_keys(h, count, z, g, upcoming);
   }
 
   void expect_queries(const Block& block, Upcoming& upcoming) const {
@@ -325,6 +361,9 @@ class BackwardKernel : AttentionKernel<X> {
   void key_pass(i64 pair, i64 begin, i64 end, Scratch& scratch) const {
     const i64 image = Base::image(pair), window = Base::window(pair);
     Features<T>& features = scratch.features;
+    const T* z = by_scores_ ? scratch.scores.z : features.z;
+    const T* gradients = by_scores_ ? scratch.scores.grad_keys : scratch.gradient;
+    const Norms<T>& norms = by_scores_ ? scratch.scores.norms : features.norms;
     const T mean = 1 / static_cast<T>(geometry_.window_keys());
     T ones[kBlock], weight[kBlock];
     for (T& one : ones) one = 1;
@@ -347,7 +386,7 @@ class BackwardKernel : AttentionKernel<X> {
         Base::first_block(queries_, pair + 1, next);
         expect_queries(next, upcoming);
       }
-      if (needs_sums_) {
+      if (needs_sums_ && !by_scores_) {
         Base::map_keys(block, scratch.focus, features);
         for (int t = 0; t < block.count; ++t) weight[t] = features.norms.factor[t] * mean;
       }
@@ -358,40 +397,48 @@ class BackwardKernel : AttentionKernel<X> {
       T dot[kBlock] = {};
       for (i64 h = 0; h < c_.heads; ++h) {
         if (needs_key_rows_ || p_.grad_weight) pack_head(values, block.count, h, c_, ones, scratch.packed);
-        if (needs_key_rows_) key_head(h, block.count, weight, scratch, dot, upcoming);
-        if (p_.grad_value.data) {
-          gemm_.product(block.count, c_.dim, c_.padded, features.z + h * c_.head_stride(),
-                        scratch.gradients.s + h * c_.matrix(), nullptr, weight, scratch.dv, upcoming);
-        }
+        if (!by_scores_) key_products(h, block.count, weight, scratch, upcoming);
+        const i64 head = h * c_.head_stride();
+        if (needs_key_rows_) add_dots(z + head, gradients + head, block.count, dot);
+        const T* dv = by_scores_ ? scratch.scores.grad_values + head : scratch.dv;
         if (has_taps) {
-          taps_head(h, tile, scratch, grad_value, upcoming);
+          taps_head(h, tile, dv, scratch, grad_value, upcoming);
         } else if (p_.grad_value.data) {
-          unpack_head(scratch.dv, block.count, h, c_, grad_value);
+          unpack_head(dv, block.count, h, c_, grad_value);
         }
       }
-      if (needs_key_rows_) key_rows(block, scratch, dot);
+      if (needs_key_rows_) key_rows(block, gradients, norms, dot, scratch);
       if ((index + 1) % kChainBlocks == 0 || index + 1 == end) end_chain(scratch);
     }
   }
 
-  void taps_head(i64 h, const Tile& tile, Scratch& scratch, const Rows<X>& grad_value,
+  void taps_head(i64 h, const Tile& tile, const T* dv, Scratch& scratch, const Rows<X>& grad_value,
                  Upcoming& upcoming) const {
     scratch.ring.stage_head(h);
     const i64 weights = shape_.weight_vector(h, 0);
     if (p_.grad_value.data) {
-      const TapsOutput<X, T> to{scratch.dv, scratch.zero_bias, grad_value.at, h * c_.dim};
+      const TapsOutput<X, T> to{dv, scratch.zero_bias, grad_value.at, h * c_.dim};
       taps_.convolve(scratch.ring, scratch.weights + weights, tile, to, upcoming);
     }
     if (p_.grad_weight) taps_.correlate(scratch.ring, scratch.packed, tile, scratch.chain.weight + weights);
     if (p_.grad_bias) sum_head(scratch.ring, tile, scratch.chain.bias + h * c_.padded);
   }
 
-  /// factor dK of one head of a block, and its part of every row's dot product with z. `weight`: factor / M.
-  void key_head(i64 h, int count, const T* weight, const Scratch& scratch, T* dot, Upcoming& upcoming) const {
-    const T* z = scratch.features.z + h * c_.head_stride();
-    T* r = scratch.gradient + h * c_.head_stride();
-    gemm_.product(count, c_.dim, c_.padded, scratch.packed, scratch.transposed + h * c_.matrix(),
-                  scratch.gradients.m + h * c_.padded, weight, r, upcoming);
+  /// factor dK and dV of one head of a block; `weight`: factor / M.
+  void key_products(i64 h, int count, const T* weight, const Scratch& scratch, Upcoming& upcoming) const {
+    if (needs_key_rows_) {
+      gemm_.product(count, c_.dim, c_.padded, scratch.packed, scratch.transposed + h * c_.matrix(),
+                    scratch.gradients.m + h * c_.padded, weight, scratch.gradient + h * c_.head_stride(),
+                    upcoming);
+    }
+    if (p_.grad_value.data) {
+      gemm_.product(count, c_.dim, c_.padded, scratch.features.z + h * c_.head_stride(),
+                    scratch.gradients.s + h * c_.matrix(), nullptr, weight, scratch.dv, upcoming);
+    }
+  }
+
+  /// dot[t] += z[t] . r[t]
+  void add_dots(const T* z, const T* r, int count, T* dot) const {
     for (int t = 0; t < count; ++t, r += c_.padded, z += c_.padded) {
       Vec<T> zr = {};
       for (i64 d = 0; d < c_.padded; d += kLanes<T>) zr = fma(load(z + d), load(r + d), zr);
@@ -399,13 +446,14 @@ class BackwardKernel : AttentionKernel<X> {
     }
   }
 
-  /// dk of a block from factor dK.
-  void key_rows(const Block& block, const Scratch& scratch, const T* dot) const {
+  /// dk of a block from r = factor dK.
+  void key_rows(const Block& block, const T* r, const Norms<T>& norms, const T* dot,
+                const Scratch& scratch) const {
     const Rows<X> dx = rows_of<X>(p_.grad_key, block);
     const RowGradients<X, T> to{p_.grad_key.data ? dx.at : nullptr, scratch.key_bias_sum,
                                 p_.grad_scale ? scratch.chain.scale : nullptr, Base::pairs() == 1};
-    focus_key_.backward(rows_of<X>(in_.key, block).at, Base::bias_rows(block), block.count, scratch.gradient,
-                        c_, scratch.focus, scratch.features.norms, dot, to);
+    focus_key_.backward(rows_of<X>(in_.key, block).at, Base::bias_rows(block), block.count, r, c_,
+                        scratch.focus, norms, dot, to);
   }
 
   /// The slots' sums, in order, into the parameters' gradients.
@@ -440,7 +488,7 @@ class BackwardKernel : AttentionKernel<X> {
   Tiling tiling_;
   TapsShape<T> shape_;
   TapsKernels<X, T> taps_;
-  bool needs_key_rows_, needs_query_rows_, needs_sums_, needs_ring_;
+  bool needs_key_rows_, needs_query_rows_, needs_sums_, needs_ring_, by_scores_;
 };
 
 }  // namespace flatten::cpu::FLATTEN_ISA

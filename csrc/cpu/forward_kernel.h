@@ -1,5 +1,5 @@
 // The forward pass of one call: per window S and m from the keys and values, then out = (Q S) / (Q m + eps) +
-// taps.
+// taps; or by scores, where the window is smaller than its heads are wide.
 #pragma once
 
 #include "attention_kernel.h"
@@ -19,7 +19,8 @@ class ForwardKernel : AttentionKernel<X> {
         state_(p.state),
         tiling_(Tiling::make(queries_)),
         shape_(TapsShape<T>::make(p.taps, c_, tiling_)),
-        taps_(TapsKernels<X, T>::select(p.taps.kernel_w)) {}
+        taps_(TapsKernels<X, T>::select(p.taps.kernel_w)),
+        by_scores_(!p.state && Base::can_score()) {}
 
   void run(const Parallel& parallel) {
     const Schedule schedule =
@@ -29,9 +30,16 @@ class ForwardKernel : AttentionKernel<X> {
       prepare_taps(scratch);
       const i64 end = schedule.begin(schedule.whole, slot + 1);
       for (i64 pair = schedule.begin(schedule.whole, slot); pair < end; ++pair) {
-        clear(scratch.sums);
-        Base::sum_keys(pair, 0, keys_.tokens(), scratch.focus, scratch.features, scratch.values,
-                       scratch.sums);
+        if (by_scores_) {
+          Block keys;
+          Base::first_block(keys_, pair, keys);
+          Base::score_keys(keys, scratch.focus, scratch.scores);
+          scratch.values_of_window = rows_of<X>(in_.value, keys);
+        } else {
+          clear(scratch.sums);
+          Base::sum_keys(pair, 0, keys_.tokens(), scratch.focus, scratch.features, scratch.values,
+                         scratch.sums);
+        }
         if (state_) Base::save_state(pair, scratch.sums, state_);
         attend(pair, 0, tiling_.count(), scratch);
       }
@@ -68,6 +76,8 @@ class ForwardKernel : AttentionKernel<X> {
     Features<T> features;
     T *inverse_scale, *values, *attended;  // the last two: one head of a block
     Sums<T> sums;
+    Scores<T> scores;
+    Rows<const X> values_of_window;  // by scores
     T *weights, *bias;
     TapsRing<X, T> ring;
   };
@@ -78,6 +88,7 @@ class ForwardKernel : AttentionKernel<X> {
     s.values = arena.take<T>(c_.head_stride());
     s.attended = arena.take<T>(c_.head_stride());
     s.sums = Base::sums_at(arena.take<T>(Base::sums_elements()));
+    if (by_scores_) s.scores.take(arena, c_, static_cast<int>(keys_.tokens()), false);
     if (!in_.taps) return;
     s.weights = arena.take<T>(shape_.weight_elements());
     s.bias = arena.take<T>(c_.padded_count());
@@ -91,6 +102,7 @@ class ForwardKernel : AttentionKernel<X> {
     Arena arena(thread_workspace(measure.used()));
     lay_out(arena, s);
     s.focus = Base::focus_parameters(s.inverse_scale);
+    if (by_scores_) s.scores.clear();
     return s;
   }
 
@@ -127,6 +139,10 @@ class ForwardKernel : AttentionKernel<X> {
         Base::first_block(keys_, pair + 1, next);
         upcoming.add(rows_of<X>(in_.key, next), next.count, c_.count());
         upcoming.add(rows_of<X>(in_.value, next), next.count, c_.count());
+        if (by_scores_) {
+          Base::first_block(queries_, pair + 1, next);
+          upcoming.add(rows_of<X>(in_.query, next), next.count, c_.count());
+        }
       }
       Base::map_queries(block, scratch.focus, scratch.features);
       for (int t = 0; t < block.count; ++t) rest[t] = eps_ / scratch.features.norms.factor[t];
@@ -134,7 +150,11 @@ class ForwardKernel : AttentionKernel<X> {
       const bool has_taps = in_.taps && !tile.is_prefix;
       if (has_taps) scratch.ring.begin_tile(in_.value, queries_, image, window, tile);
       for (i64 h = 0; h < c_.heads; ++h) {
-        attend_head(h, block.count, rest, scratch, upcoming);
+        if (by_scores_) {
+          score_head(h, block.count, rest, scratch, upcoming);
+        } else {
+          attend_head(h, block.count, rest, scratch, upcoming);
+        }
         if (has_taps) {
           scratch.ring.stage_head(h);
           const TapsOutput<X, T> to{scratch.attended, scratch.bias + h * c_.padded, out.at, h * c_.dim};
@@ -156,11 +176,21 @@ class ForwardKernel : AttentionKernel<X> {
                   scratch.attended, upcoming);
   }
 
+  /// The same from the scores of the window's keys.
+  void score_head(i64 h, int count, const T* rest, const Scratch& scratch, Upcoming& upcoming) const {
+    const Scores<T>& scores = scratch.scores;
+    T inverse[kBlock];
+    pack_head(scratch.values_of_window, static_cast<int>(keys_.tokens()), h, c_, scores.ones, scores.values);
+    scores.score(h, count, scratch.features.z + h * c_.head_stride(), rest, inverse, upcoming);
+    scores.attend(count, inverse, scratch.attended, upcoming);
+  }
+
   MutableTokens out_;
   void* state_;
   Tiling tiling_;
   TapsShape<T> shape_;
   TapsKernels<X, T> taps_;
+  bool by_scores_;
 };
 
 }  // namespace flatten::cpu::FLATTEN_ISA

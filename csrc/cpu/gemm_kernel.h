@@ -83,7 +83,8 @@ FLATTEN_INLINE void for_tiles(i64 rows, i64 padded, const TileBody& tile, Upcomi
   }
 }
 
-template <class T, int kPadded>
+/// kSquare: b has as many rows as it has columns.
+template <class T, int kPadded, bool kSquare>
 struct ProductTile {
   const T *a, *b, *start, *factor;
   T* out;
@@ -97,7 +98,7 @@ struct ProductTile {
       const Vec<T> first = start ? load(start + column + v * kLanes<T>) : Vec<T>{};
       for (int r = 0; r < R; ++r) acc[r][v] = first;
     }
-    accumulate<R, V, T>(acc, a + row * n, n, 1, b + column, n, kPadded ? kPadded : steps);
+    accumulate<R, V, T>(acc, a + row * n, n, 1, b + column, n, kPadded && kSquare ? kPadded : steps);
     for (int r = 0; r < R; ++r) {
       const T f = factor[row + r];
       for (int v = 0; v < V; ++v) store(out + (row + r) * n + column + v * kLanes<T>, acc[r][v] * f);
@@ -132,7 +133,15 @@ template <class T, int kPadded>
 void product(i64 tokens, i64 dim, i64 padded, const T* a, const T* b, const T* start, const T* factor, T* out,
              Upcoming& upcoming) {
   for_tiles<T>(tokens, kPadded ? kPadded : padded,
-               ProductTile<T, kPadded>{a, b, start, factor, out, dim, padded}, upcoming);
+               ProductTile<T, kPadded, true>{a, b, start, factor, out, dim, padded}, upcoming);
+}
+
+/// The first `columns` (whole vectors) of out[t] = factor[t] * (a[t] b), for rows a of `steps` elements.
+template <class T, int kPadded>
+void partial_product(i64 tokens, i64 steps, i64 columns, i64 padded, const T* a, const T* b, const T* factor,
+                     T* out, Upcoming& upcoming) {
+  for_tiles<T>(tokens, columns, ProductTile<T, kPadded, false>{a, b, nullptr, factor, out, steps, padded},
+               upcoming);
 }
 
 /// sum += a^T b, for `tokens` rows of a and b; sum is dim x padded.
@@ -152,11 +161,14 @@ template <class T>
 struct Gemm {
   void (*product)(i64 tokens, i64 dim, i64 padded, const T* a, const T* b, const T* start, const T* factor,
                   T* out, Upcoming& upcoming);
+  void (*partial_product)(i64 tokens, i64 steps, i64 columns, i64 padded, const T* a, const T* b,
+                          const T* factor, T* out, Upcoming& upcoming);
   void (*outer_product)(i64 tokens, i64 dim, i64 padded, const T* a, const T* b, T* sum, Upcoming& upcoming);
 
   template <int kPadded>
   static Gemm make() {
-    return {&FLATTEN_ISA::product<T, kPadded>, &FLATTEN_ISA::outer_product<T, kPadded>};
+    return {&FLATTEN_ISA::product<T, kPadded>, &FLATTEN_ISA::partial_product<T, kPadded>,
+            &FLATTEN_ISA::outer_product<T, kPadded>};
   }
   static Gemm select(i64 dim, i64 padded) {
     if (sizeof(T) == 4 && dim == padded) {
@@ -183,26 +195,29 @@ struct Gemm {
   }
 };
 
-/// to = from^T, dim x dim inside dim x padded; the padding of `to` is zeroed.
+/// to = from^T, for `rows` rows of `dim` elements; `to` is zeroed up to a whole vector behind the last row's.
 template <class T>
-void transpose(const T* from, T* to, i64 dim, i64 padded) {
-  i64 squares = 0;  // rows and columns that whole squares of vectors make up
+void transpose(const T* from, T* to, i64 rows, i64 dim, i64 padded) {
+  i64 square_rows = 0, square_columns = 0;  // what whole squares of vectors make up
   if constexpr (sizeof(T) == 4) {
-    squares = dim / kFloats * kFloats;
-    for (i64 i = 0; i < squares; i += kFloats) {
-      for (i64 j = 0; j < squares; j += kFloats) {
-        FloatVec rows[kFloats];
+    square_rows = rows / kFloats * kFloats;
+    square_columns = dim / kFloats * kFloats;
+    for (i64 i = 0; i < square_columns; i += kFloats) {
+      for (i64 j = 0; j < square_rows; j += kFloats) {
+        FloatVec square[kFloats];
 #pragma GCC unroll 16
-        for (int r = 0; r < kFloats; ++r) rows[r] = load(from + (j + r) * padded + i);
-        transpose_square(rows);
+        for (int r = 0; r < kFloats; ++r) square[r] = load(from + (j + r) * padded + i);
+        transpose_square(square);
 #pragma GCC unroll 16
-        for (int r = 0; r < kFloats; ++r) store(to + (i + r) * padded + j, rows[r]);
+        for (int r = 0; r < kFloats; ++r) store(to + (i + r) * padded + j, square[r]);
       }
     }
   }
+  const i64 end = ceil_div(rows, kLanes<T>) * kLanes<T>;
   for (i64 i = 0; i < dim; ++i) {
-    for (i64 j = i < squares ? squares : 0; j < dim; ++j) to[i * padded + j] = from[j * padded + i];
-    for (i64 j = dim; j < padded; ++j) to[i * padded + j] = 0;
+    for (i64 j = i < square_columns ? square_rows : 0; j < rows; ++j)
+      to[i * padded + j] = from[j * padded + i];
+    for (i64 j = rows; j < end; ++j) to[i * padded + j] = 0;
   }
 }
 

@@ -1,0 +1,122 @@
+// Attention over a window of fewer tokens than a head has channels, where (Q K^T) V takes fewer products than
+// Q (K^T V). With features kept as factor * z^p:
+//
+//     A = (z_q . z_k) factor_k / M      a = 1 / (sum of A + eps / factor_q)      out = a A V
+//     P = (a g) V^T                     b = a (sum of A P)                       dA = (P - b) factor_k / M
+//     factor_q dQ = dA z_k              factor_k dK = dA^T z_q                   dV = A^T (a g)
+//
+// The window is one block, its keys are one tile.
+#pragma once
+
+#include "focus_kernel.h"
+#include "gemm_kernel.h"
+
+namespace flatten::cpu::FLATTEN_ISA {
+
+/// Whether a window's scores take fewer products than its S. A row of them lies in a row of a head.
+inline bool scores_pay(i64 queries, i64 keys, i64 dim) {
+  return queries <= kBlock && keys <= smaller(kBlock, dim) && 2 * queries * keys < (queries + keys) * dim;
+}
+
+/// What is kept of a window's keys, and what one head computes from them. Rows lie `padded` apart; those of z
+/// and `values` behind the last key are zeros.
+template <class T>
+class Scores {
+ public:
+  T* z;  // features of the keys, head-major
+  Norms<T> norms;
+  T* values;                   // V of one head
+  T *rows, *gradients;         // A and dA of one head
+  T *grad_keys, *grad_values;  // factor dK and dV, head-major
+  T ones[kBlock];
+
+  void take(Arena& arena, Channels c, int keys, bool backward) {
+    c_ = c;
+    keys_ = keys;
+    columns_ = ceil_div(keys, kLanes<T>) * kLanes<T>;
+    gemm_ = Gemm<T>::select(c.dim, c.padded);
+    z = arena.take<T>(c.block());
+    values = arena.take<T>(c.head_stride());
+    rows = arena.take<T>(c.head_stride());
+    transposed_ = arena.take<T>(c.matrix());
+    if (!backward) return;
+    gradients = arena.take<T>(c.head_stride());
+    grad_keys = arena.take<T>(c.block());
+    grad_values = arena.take<T>(c.block());
+  }
+
+  /// Before the first window.
+  void clear() {
+    for (i64 h = 0; h < c_.heads; ++h) clear_rest(z + h * c_.head_stride());
+    clear_rest(values);
+    for (T& w : weight_) w = 0;
+    for (T& one : ones) one = 1;
+  }
+
+  /// After the keys were mapped.
+  void weigh_keys() {
+    for (int j = 0; j < keys_; ++j) weight_[j] = norms.factor[j] / static_cast<T>(keys_);
+  }
+
+  /// A of one head, and a.
+  void score(i64 h, int count, const T* queries, const T* rest, T* a, Upcoming& upcoming) const {
+    transpose(z + h * c_.head_stride(), transposed_, columns_, c_.dim, c_.padded);
+    gemm_.partial_product(count, c_.dim, columns_, c_.padded, queries, transposed_, ones, rows, upcoming);
+    for (int t = 0; t < count; ++t) {
+      T* row = rows + t * c_.padded;
+      Vec<T> total = {};
+      for (i64 j = 0; j < columns_; j += kLanes<T>) {
+        const Vec<T> weighted = load(row + j) * load(weight_ + j);
+        total = total + weighted;
+        store(row + j, weighted);
+      }
+      a[t] = sum(total);
+    }
+    for (int t = 0; t < count; ++t) a[t] = 1 / (a[t] + rest[t]);
+  }
+
+  /// out = a A V
+  void attend(int count, const T* a, T* out, Upcoming& upcoming) const {
+    gemm_.partial_product(count, keys_, c_.padded, c_.padded, rows, values, a, out, upcoming);
+  }
+
+  /// dA of one head from g = a grad_out, and b; then factor dQ.
+  void differentiate(i64 h, int count, const T* g, const T* a, T* b, T* grad_queries,
+                     Upcoming& upcoming) const {
+    transpose(values, transposed_, columns_, c_.dim, c_.padded);
+    gemm_.partial_product(count, c_.dim, columns_, c_.padded, g, transposed_, ones, gradients, upcoming);
+    for (int t = 0; t < count; ++t) {
+      const T* row = rows + t * c_.padded;
+      T* gradient = gradients + t * c_.padded;
+      Vec<T> total = {};
+      for (i64 j = 0; j < columns_; j += kLanes<T>) total = fma(load(row + j), load(gradient + j), total);
+      b[t] = a[t] * sum(total);
+      for (i64 j = 0; j < columns_; j += kLanes<T>) {
+        store(gradient + j, (load(gradient + j) - b[t]) * load(weight_ + j));
+      }
+    }
+    gemm_.partial_product(count, keys_, c_.padded, c_.padded, gradients, z + h * c_.head_stride(), ones,
+                          grad_queries, upcoming);
+  }
+
+  /// factor dK and dV of one head.
+  void differentiate_keys(i64 h, int count, const T* queries, const T* g, Upcoming& upcoming) const {
+    T *to_keys = grad_keys + h * c_.head_stride(), *to_values = grad_values + h * c_.head_stride();
+    set_zero(to_keys, keys_ * c_.padded);
+    set_zero(to_values, keys_ * c_.padded);
+    gemm_.outer_product(count, keys_, c_.padded, gradients, queries, to_keys, upcoming);
+    gemm_.outer_product(count, keys_, c_.padded, rows, g, to_values, upcoming);
+  }
+
+ private:
+  void clear_rest(T* block) const { set_zero(block + keys_ * c_.padded, (kBlock - keys_) * c_.padded); }
+
+  Channels c_;
+  int keys_;
+  i64 columns_;  // of A: the keys, in whole vectors
+  Gemm<T> gemm_;
+  T* transposed_;
+  T weight_[kBlock];  // factor / M of every key
+};
+
+}  // namespace flatten::cpu::FLATTEN_ISA
