@@ -87,6 +87,11 @@ CASES = {
     "strips": Case(window=(8, 2), size=(8, 6), per_channel=True),
     "windows-without-taps": Case(window=(2, 3), size=(4, 6), kernel=None),
     "one-token": Case(size=(1, 1)),
+    # Fewer tokens than a head has channels:
+    "small-7x7": Case(size=(7, 7), heads=2, head_dim=64),
+    "small-windows": Case(window=(4, 4), size=(8, 12), shift=(1, 3), heads=3, head_dim=32),
+    "small-cross": Case(kernel=None, keys=13, size=(4, 5), head_dim=40),
+    "small-prefix": Case(prefix=2, size=(3, 5), head_dim=64),
     "one-head": Case(heads=1, head_dim=24),
     "head-dim-1": Case(heads=5, head_dim=1),
     "head-dim-8": Case(heads=4, head_dim=8),

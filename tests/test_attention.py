@@ -67,7 +67,7 @@ def test_float32_parameters_beside_half_precision_tokens(name, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "name", ["plain", "taps", "prefix", "cross", "shifted", "head-dim-20", "head-dim-64"]
+    "name", ["plain", "taps", "prefix", "cross", "shifted", "small-windows", "head-dim-20", "head-dim-64"]
 )
 def test_linear_attention(name, dtype):
     arguments = linear_arguments(CASES[name].arguments(dtype))
@@ -97,13 +97,13 @@ def conv_gradients(function, arguments: dict, grad_out: torch.Tensor) -> dict[st
     return {"out": out.detach(), **dict(zip(wanted, found, strict=True))}
 
 
-@pytest.mark.parametrize("name", ["p1", "p2.5", "prefix", "shifted", "per-channel"])
+@pytest.mark.parametrize("name", ["p1", "p2.5", "prefix", "shifted", "per-channel", "small-windows"])
 def test_gradcheck_of_every_argument(name):
     case = CASES[name]
     small = Case(
         size=(2, 4) if case.window else (2, 3),
         heads=2,
-        head_dim=2,
+        head_dim=5 if name == "small-windows" else 2,
         batch=2,
         prefix=min(case.prefix, 1),
         window=(2, 2) if case.window else None,
@@ -122,8 +122,9 @@ def test_gradcheck_of_every_argument(name):
 
 
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "scale", "key_bias", "dwc_weight", "dwc_bias"])
-def test_only_the_gradient_asked_for(wanted):
-    arguments = CASES["shifted"].arguments(torch.float64)
+@pytest.mark.parametrize("name", ["shifted", "small-windows"])
+def test_only_the_gradient_asked_for(name, wanted):
+    arguments = CASES[name].arguments(torch.float64)
     expected = oracle_gradients(arguments, torch.ones_like(arguments["q"]))[wanted]
     arguments = with_gradients(arguments, (wanted,))
     (found,) = torch.autograd.grad(attention(**arguments).sum(), arguments[wanted])
@@ -271,13 +272,15 @@ def test_bitwise_deterministic(name, threads):
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0, 4.0, 8.0])
 @pytest.mark.parametrize("magnitude", [1.0, 10.0, 100.0, 1e4])
-def test_finite_for_every_magnitude(magnitude, p, dtype):
+@pytest.mark.parametrize("head_dim", [8, 32])  # less and more than the 20 tokens
+def test_finite_for_every_magnitude(head_dim, magnitude, p, dtype):
     """Dead tokens and heads included; the public code gives NaN from p = 4 or, in fp16, from magnitude 10."""
-    arguments = Case(size=(5, 4), heads=2, head_dim=8, kernel=None, key_bias=False, p=p).arguments(dtype)
+    case = Case(size=(5, 4), heads=2, head_dim=head_dim, kernel=None, key_bias=False, p=p)
+    arguments = case.arguments(dtype)
     for name in ("q", "k"):
         arguments[name] *= magnitude
         arguments[name][0, 3] = -arguments[name][0, 3].abs()  # a dead token
-        arguments[name][1, :, 8:] = -1.0  # a dead head
+        arguments[name][1, :, head_dim:] = -1.0  # a dead head
         arguments[name][1, 2] = 0.0
     grad_out = torch.randn_like(arguments["q"])
     expected = oracle_gradients(arguments, grad_out)
@@ -295,8 +298,9 @@ def test_all_keys_dead_with_high_power():
     assert relative_error(attention(**arguments), oracle(arguments)) < 3e-6
 
 
-def test_zero_eps_and_dead_rows_give_zero_features():
-    arguments = Case(size=(3, 3), kernel=None, key_bias=False).arguments(torch.float64)
+@pytest.mark.parametrize("head_dim", [8, 16])  # less and more than the 9 tokens
+def test_zero_eps_and_dead_rows_give_zero_features(head_dim):
+    arguments = Case(size=(3, 3), head_dim=head_dim, kernel=None, key_bias=False).arguments(torch.float64)
     arguments["eps"] = 0.0
     arguments["k"][:, 2] = -1.0
     grad_out = torch.randn_like(arguments["q"])
