@@ -97,6 +97,9 @@ class AttentionKernel {
     return keys_.prefix == 0 && scores_pay(queries_.tokens(), keys_.tokens(), c_.dim);
   }
 
+  /// Of one product of a head with `count` tokens, see Upcoming.
+  i64 head_steps(i64 count) const { return product_steps<T>(count, c_.padded, c_.dim); }
+
   double forward_flops() const {
     const double taps = 2.0 * in_.taps.kernel_h * in_.taps.kernel_w;
     return static_cast<double>(geometry_.batch) * c_.count() *
@@ -153,7 +156,7 @@ class AttentionKernel {
     for (i64 at = begin; at < end; at += kBlock, block = next) {
       map_keys(block, f, features);
       const Rows<const X> rows = rows_of<X>(in_.value, block);
-      upcoming.plan(c_.heads * tiles_of<T>(c_.dim, c_.padded));
+      upcoming.plan(c_.heads * product_steps<T>(c_.dim, c_.padded, block.count));
       if (at + kBlock < end) {
         keys_.fill(next, image(pair), window(pair), at + kBlock, smaller(kBlock, end - at - kBlock));
         upcoming.add(rows_of<X>(in_.key, next), next.count, c_.count());

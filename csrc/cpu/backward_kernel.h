@@ -270,7 +270,7 @@ class BackwardKernel : AttentionKernel<X> {
     Upcoming upcoming;
     queries_.fill(block, Base::image(pair), Base::window(pair), begin, smaller(kBlock, end - begin));
     for (i64 at = begin; at < end; at += kBlock, block = next) {
-      upcoming.plan(2 * c_.heads * tiles_of<T>(block.count, c_.padded));
+      upcoming.plan(2 * c_.heads * Base::head_steps(block.count));
       if (at + kBlock < end) {
         queries_.fill(next, block.image, Base::window(pair), at + kBlock, smaller(kBlock, end - at - kBlock));
         expect_queries(next, upcoming);
@@ -373,7 +373,9 @@ class BackwardKernel : AttentionKernel<X> {
     if (begin < end) fill_tile(keys_, block, image, window, tile_at(keys_, tiling_, begin));
     for (i64 index = begin; index < end; ++index, block = next) {
       const Tile tile = tile_at(keys_, tiling_, index);
-      upcoming.plan(2 * c_.heads * tiles_of<T>(block.count, c_.padded));
+      const bool has_taps = needs_ring_ && !tile.is_prefix;
+      upcoming.plan(c_.heads * ((by_scores_ ? 0 : 2) * Base::head_steps(block.count) +
+                                (has_taps ? convolve_steps<T>(tile, c_.padded) : 0)));
       if (index + 1 < end) {
         const Tile next_tile = tile_at(keys_, tiling_, index + 1);
         fill_tile(keys_, next, image, window, next_tile);
@@ -390,7 +392,6 @@ class BackwardKernel : AttentionKernel<X> {
         Base::map_keys(block, scratch.focus, features);
         for (int t = 0; t < block.count; ++t) weight[t] = features.norms.factor[t] * mean;
       }
-      const bool has_taps = needs_ring_ && !tile.is_prefix;
       if (has_taps) scratch.ring.begin_tile(p_.grad_out, keys_, image, window, tile);
       const Rows<const X> values = rows_of<X>(in_.value, block);
       const Rows<X> grad_value = rows_of<X>(p_.grad_value, block);

@@ -125,7 +125,9 @@ class ForwardKernel : AttentionKernel<X> {
     if (begin < end) fill_tile(queries_, block, image, window, tile_at(queries_, tiling_, begin));
     for (i64 index = begin; index < end; ++index, block = next) {
       const Tile tile = tile_at(queries_, tiling_, index);
-      upcoming.plan(c_.heads * tiles_of<T>(block.count, c_.padded));
+      const bool has_taps = in_.taps && !tile.is_prefix;
+      upcoming.plan(c_.heads * ((by_scores_ ? 2 : 1) * Base::head_steps(block.count) +
+                                (has_taps ? convolve_steps<T>(tile, c_.padded) : 0)));
       if (index + 1 < end) {
         const Tile next_tile = tile_at(queries_, tiling_, index + 1);
         fill_tile(queries_, next, image, window, next_tile);
@@ -147,7 +149,6 @@ class ForwardKernel : AttentionKernel<X> {
       Base::map_queries(block, scratch.focus, scratch.features);
       for (int t = 0; t < block.count; ++t) rest[t] = eps_ / scratch.features.norms.factor[t];
       const Rows<X> out = rows_of<X>(out_, block);
-      const bool has_taps = in_.taps && !tile.is_prefix;
       if (has_taps) scratch.ring.begin_tile(in_.value, queries_, image, window, tile);
       for (i64 h = 0; h < c_.heads; ++h) {
         if (by_scores_) {

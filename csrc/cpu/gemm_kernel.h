@@ -6,12 +6,14 @@
 
 namespace flatten::cpu::FLATTEN_ISA {
 
+/// Steps of a product between two of Upcoming's.
+constexpr i64 kStepsAtOnce = 8;
+
 /// acc[r][v] += sum over k of a[r * a_row + k * a_step] * b[k * b_step + v * lanes]
 template <int R, int V, class T>
 FLATTEN_INLINE void accumulate(Vec<T> (&acc)[R][V], const T* a, i64 a_row, i64 a_step, const T* b, i64 b_step,
-                               i64 steps) {
-#pragma GCC unroll 4
-  for (i64 k = 0; k < steps; ++k) {
+                               i64 steps, Upcoming& upcoming) {
+  const auto step = [&] {
     Vec<T> bv[V];
     for (int v = 0; v < V; ++v) bv[v] = load(b + v * kLanes<T>);
     for (int r = 0; r < R; ++r) {
@@ -20,7 +22,13 @@ FLATTEN_INLINE void accumulate(Vec<T> (&acc)[R][V], const T* a, i64 a_row, i64 a
     }
     a += a_step;
     b += b_step;
+  };
+  for (; steps >= kStepsAtOnce; steps -= kStepsAtOnce) {
+#pragma GCC unroll 8
+    for (int k = 0; k < kStepsAtOnce; ++k) step();
+    upcoming.step();
   }
+  for (; steps > 0; --steps) step();
 }
 
 /// tile.run<R, V>(first row, column) over `rows` cut into tiles of at most Most rows, as even as can be.
@@ -33,38 +41,42 @@ FLATTEN_INLINE void for_row_tiles(i64 rows, i64 column, const TileBody& tile, Up
     const i64 size = least + (i < extra);
     switch (size) {
       case 1:
-        tile.template run<1, V>(row, column);
+        tile.template run<1, V>(row, column, upcoming);
         break;
       case 2:
-        tile.template run<2, V>(row, column);
+        tile.template run<2, V>(row, column, upcoming);
         break;
       case 3:
-        tile.template run<3, V>(row, column);
+        tile.template run<3, V>(row, column, upcoming);
         break;
       case 4:
-        tile.template run<4, V>(row, column);
+        tile.template run<4, V>(row, column, upcoming);
         break;
       case 5:
-        tile.template run < Most<5 ? Most : 5, V>(row, column);
+        tile.template run < Most<5 ? Most : 5, V>(row, column, upcoming);
         break;
       default:
-        tile.template run<Most, V>(row, column);
+        tile.template run<Most, V>(row, column, upcoming);
         break;
     }
     row += size;
-    upcoming.step();
   }
 }
 
-/// The same over all vectors of the rows too: two (or four) at a time, three where one would be left alone,
-/// so that 8 to 24 sums are under way and hide each other's latency.
+/// Vectors of a row that a tile takes of those left: two (or four), three where one would be left alone, so
+/// that 8 to 24 sums are under way and hide each other's latency.
+constexpr i64 tile_vectors(i64 left) {
+  const bool wide = kRegisters == 32;
+  return left == 1 ? 1 : left == 3 ? 3 : !wide || left == 2 ? 2 : left == 5 ? 3 : 4;
+}
+
+/// The same over all vectors of the rows too.
 template <class T, class TileBody>
 FLATTEN_INLINE void for_tiles(i64 rows, i64 padded, const TileBody& tile, Upcoming& upcoming) {
   constexpr bool kWide = kRegisters == 32;
   i64 left = padded / kLanes<T>;
   while (left > 0) {
-    const i64 column = padded - left * kLanes<T>;
-    const i64 take = left == 1 ? 1 : left == 3 ? 3 : !kWide || left == 2 ? 2 : left == 5 ? 3 : 4;
+    const i64 column = padded - left * kLanes<T>, take = tile_vectors(left);
     switch (take) {
       case 1:
         for_row_tiles<1, 6>(rows, column, tile, upcoming);
@@ -83,6 +95,14 @@ FLATTEN_INLINE void for_tiles(i64 rows, i64 padded, const TileBody& tile, Upcomi
   }
 }
 
+/// How often a product of `rows` rows and `padded` columns calls Upcoming::step(), about.
+template <class T>
+i64 product_steps(i64 rows, i64 padded, i64 steps) {
+  i64 tiles = 0;
+  for (i64 left = padded / kLanes<T>; left > 0; left -= tile_vectors(left)) tiles += ceil_div(rows, 6);
+  return tiles * (steps / kStepsAtOnce);
+}
+
 /// kSquare: b has as many rows as it has columns.
 template <class T, int kPadded, bool kSquare>
 struct ProductTile {
@@ -91,14 +111,15 @@ struct ProductTile {
   i64 steps, stride;
 
   template <int R, int V>
-  FLATTEN_INLINE void run(i64 row, i64 column) const {
+  FLATTEN_INLINE void run(i64 row, i64 column, Upcoming& upcoming) const {
     const i64 n = kPadded ? kPadded : stride;
     Vec<T> acc[R][V];
     for (int v = 0; v < V; ++v) {
       const Vec<T> first = start ? load(start + column + v * kLanes<T>) : Vec<T>{};
       for (int r = 0; r < R; ++r) acc[r][v] = first;
     }
-    accumulate<R, V, T>(acc, a + row * n, n, 1, b + column, n, kPadded && kSquare ? kPadded : steps);
+    accumulate<R, V, T>(acc, a + row * n, n, 1, b + column, n, kPadded && kSquare ? kPadded : steps,
+                        upcoming);
     for (int r = 0; r < R; ++r) {
       const T f = factor[row + r];
       for (int v = 0; v < V; ++v) store(out + (row + r) * n + column + v * kLanes<T>, acc[r][v] * f);
@@ -113,14 +134,14 @@ struct OuterTile {
   i64 steps, stride;
 
   template <int R, int V>
-  FLATTEN_INLINE void run(i64 row, i64 column) const {
+  FLATTEN_INLINE void run(i64 row, i64 column, Upcoming& upcoming) const {
     const i64 n = kPadded ? kPadded : stride;
     Vec<T> acc[R][V];
     T* s = sum + row * n + column;
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < V; ++v) acc[r][v] = load(s + r * n + v * kLanes<T>);
     }
-    accumulate<R, V, T>(acc, a + row, 1, n, b + column, n, steps);
+    accumulate<R, V, T>(acc, a + row, 1, n, b + column, n, steps, upcoming);
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < V; ++v) store(s + r * n + v * kLanes<T>, acc[r][v]);
     }
@@ -148,12 +169,6 @@ void partial_product(i64 tokens, i64 steps, i64 columns, i64 padded, const T* a,
 template <class T, int kPadded>
 void outer_product(i64 tokens, i64 dim, i64 padded, const T* a, const T* b, T* sum, Upcoming& upcoming) {
   for_tiles<T>(dim, kPadded ? kPadded : padded, OuterTile<T, kPadded>{a, b, sum, tokens, padded}, upcoming);
-}
-
-/// Register tiles of one product, about.
-template <class T>
-i64 tiles_of(i64 rows, i64 padded) {
-  return ceil_div(rows, 6) * ceil_div(padded, 2 * kLanes<T>);
 }
 
 /// The products for one head width; the common ones have their strides compiled in.

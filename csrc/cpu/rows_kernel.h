@@ -27,38 +27,55 @@ Rows<X> rows_of(const MutableTokens& x, const Block& block) {
   return rows;
 }
 
-/// Rows that will be needed soon. The products and taps of the block at hand call step() once per register
-/// tile, so that memory is read at an even pace behind the arithmetic, not in bursts between it.
+/// Rows that will be needed soon. The products and taps of the block at hand call step() every hundred
+/// vector operations or so, and a few lines are fetched each time: of many at once some would be dropped.
 class Upcoming {
  public:
   /// Starts over; the lines of all rows added from here on are spread over about `steps` steps.
   void plan(i64 steps) {
-    rows_ = at_ = 0;
-    offset_ = lines_ = 0;
     steps_ = greater(steps, 1);
-    per_step_ = 0;
+    spans_ = next_ = 0;
+    lines_ = per_step_ = 0;
+    at_ = end_ = nullptr;
   }
+  /// Rows that follow each other in memory become one span.
   template <class X>
   void add(const Rows<X>& rows, int count, i64 channels) {
-    bytes_ = channels * static_cast<i64>(sizeof(X));
-    for (int t = 0; t < count && rows_ < kMost; ++t) row_[rows_++] = reinterpret_cast<const char*>(rows[t]);
-    lines_ += count * ceil_div(bytes_, kLine);
+    const i64 bytes = channels * static_cast<i64>(sizeof(X));
+    for (int t = 0; t < count; ++t) {
+      const char* row = reinterpret_cast<const char*>(rows[t]);
+      if (spans_ > 0 && span_[spans_ - 1].end == row) {
+        span_[spans_ - 1].end = row + bytes;
+      } else if (spans_ < kMost) {
+        span_[spans_++] = {row, row + bytes};
+      }
+    }
+    lines_ += ceil_div(count * bytes, kLine);
     per_step_ = ceil_div(lines_, steps_);
   }
-  void step() {
-    for (i64 i = 0; i < per_step_ && at_ < rows_; ++i) {
-      __builtin_prefetch(row_[at_] + offset_, 0, 2);  // into the second-level cache
-      offset_ += kLine;
-      if (offset_ >= bytes_) offset_ = 0, ++at_;
+  FLATTEN_INLINE void step() {
+    for (i64 left = per_step_; left > 0; --left) {
+      if (at_ >= end_) {
+        if (next_ == spans_) return;
+        at_ = span_[next_].begin;
+        end_ = span_[next_++].end;
+      }
+      __builtin_prefetch(at_, 0, 2);  // into the second-level cache
+      at_ += kLine;
     }
   }
 
  private:
   static constexpr i64 kLine = 64;
   static constexpr int kMost = 6 * kBlock;
-  const char* row_[kMost];
-  int rows_ = 0, at_ = 0;
-  i64 bytes_ = 0, offset_ = 0, lines_ = 0, steps_ = 1, per_step_ = 0;
+  struct Span {
+    const char *begin, *end;
+  };
+
+  Span span_[kMost];
+  int spans_ = 0, next_ = 0;
+  i64 lines_ = 0, steps_ = 1, per_step_ = 0;
+  const char *at_ = nullptr, *end_ = nullptr;
 };
 
 /// Loads or stores kLanes elements, or the `count` that are left of a head.

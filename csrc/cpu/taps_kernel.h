@@ -207,7 +207,7 @@ struct TapsOutput {
 /// R outputs from column x of the tile's row i, all vectors of the head.
 template <int kKernelW, int R, class X, class T>
 FLATTEN_INLINE void convolve_run(const TapsRing<X, T>& ring, const T* weights, i64 i, i64 x, i64 width,
-                                 const TapsOutput<X, T>& out) {
+                                 const TapsOutput<X, T>& out, Upcoming& upcoming) {
   const TapsShape<T>& s = ring.shape();
   const i64 padded = s.channels.padded, dim = s.channels.dim, columns = s.ring_columns, area = s.area();
   const i64 kernel_w = kKernelW ? kKernelW : s.kernel_w;
@@ -226,17 +226,18 @@ FLATTEN_INLINE void convolve_run(const TapsRing<X, T>& ring, const T* weights, i
     const i64 left = dim - d;
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) store_at_most(to[r] + d, sums[r], left);
+    upcoming.step();
   }
 }
 
 /// convolve_run<kKernelW, size>
 template <int kKernelW, int R = 1, class X, class T>
 FLATTEN_INLINE void convolve_sized(i64 size, const TapsRing<X, T>& ring, const T* weights, i64 i, i64 x,
-                                   i64 width, const TapsOutput<X, T>& out) {
+                                   i64 width, const TapsOutput<X, T>& out, Upcoming& upcoming) {
   if (R == kMostOutputs || size == R) {
-    convolve_run<kKernelW, R>(ring, weights, i, x, width, out);
+    convolve_run<kKernelW, R>(ring, weights, i, x, width, out, upcoming);
   } else if constexpr (R < kMostOutputs) {
-    convolve_sized<kKernelW, R + 1>(size, ring, weights, i, x, width, out);
+    convolve_sized<kKernelW, R + 1>(size, ring, weights, i, x, width, out, upcoming);
   }
 }
 
@@ -250,11 +251,16 @@ void convolve_head(const TapsRing<X, T>& ring, const T* weights, const Tile& til
     i64 x = 0;
     for (i64 run = 0; run < runs; ++run) {
       const i64 size = least + (run < extra);
-      convolve_sized<kKernelW>(size, ring, weights, i, x, tile.width, out);
+      convolve_sized<kKernelW>(size, ring, weights, i, x, tile.width, out, upcoming);
       x += size;
-      upcoming.step();
     }
   }
+}
+
+/// How often convolve_head calls Upcoming::step().
+template <class T>
+i64 convolve_steps(const Tile& tile, i64 padded) {
+  return tile.height * ceil_div(tile.width, kMostOutputs) * (padded / kLanes<T>);
 }
 
 /// Gradient of tap rows [dy, dy + G) for one vector of channels: sum[g][k] += v[i][x] * rows[i + dy + g][x +
