@@ -184,10 +184,10 @@ class AttentionKernel {
     scores.weigh_keys();
   }
 
-  /// Adds what a block's keys will read of key_bias, unless other images keep it in the caches.
+  /// Adds what a block's keys will read of key_bias.
   void expect_bias(const Block& block, Upcoming& upcoming) const {
     const Parameter& bias = in_.mapping.key_bias;
-    if (!bias || pairs() > 1 || element_size(bias.dtype) != static_cast<i64>(sizeof(X))) return;
+    if (!bias || element_size(bias.dtype) != static_cast<i64>(sizeof(X))) return;
     Rows<const X> rows;
     for (int t = 0; t < block.count; ++t) {
       rows.at[t] = static_cast<const X*>(bias.data) + block.position[t] * c_.count();
