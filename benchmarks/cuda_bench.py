@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from flatten_ext import reference  # noqa: E402
+from flatten_ext._autograd import count_windows  # noqa: E402
 
 SHAPES = [
     Shape("56x56 C=96 h=3", 0, 56, 56, 96, 3),
@@ -71,6 +72,12 @@ class Buffers:
         options = [(shape.height, shape.width), shape.window, None, 3.0, 1e-6]
         return [to(q), to(k), to(v), shape.heads, *parameters, *options]
 
+    def forward(self, i: int) -> tuple[Tensor, Tensor]:
+        """The output, and S and m of all windows."""
+        arguments = self.arguments(i)
+        windows = count_windows(arguments[0], self.shape.window)
+        return torch.ops.flatten.attention_forward(*arguments, windows)
+
 
 def softmax_windows(buffers: Buffers, i: int) -> Tensor:
     """What a Swin block runs instead: softmax attention in 7 x 7 windows, with partition and reverse."""
@@ -111,7 +118,7 @@ def verify(buffers: Buffers, dtype: torch.dtype) -> None:
 
     arguments = buffers.arguments(0)
     g = buffers.qkvg[0][3]
-    out, state = torch.ops.flatten.attention_forward(*arguments, True)
+    out, state = buffers.forward(0)
     got = torch.ops.flatten.attention_backward(g, *arguments, state, [True] * 3 + [False] * 4)
     one = buffers.arguments(0, lambda t: t[:1].double() if t.dim() == 3 else t.double())
     one[:3] = [t.requires_grad_() for t in one[:3]]
@@ -135,7 +142,7 @@ def candidates(buffers: Buffers, direction: str) -> dict[str, Callable[[int], ob
         if buffers.shape.height % SOFTMAX_WINDOW == 0 and buffers.shape.width % SOFTMAX_WINDOW == 0:
             calls["softmax windows"] = lambda i: softmax_windows(buffers, i)
         return calls
-    states = [op.attention_forward(*buffers.arguments(i), True)[1] for i in range(buffers.count)]
+    states = [buffers.forward(i)[1] for i in range(buffers.count)]
     mask = [True, True, True, True, False, True, True]
 
     def recorded(function) -> Callable[[int], object]:

@@ -73,6 +73,7 @@ def measure(shape: Shape, direction: str, dtype_name: str, divisor: int, stats: 
     import torch
 
     from flatten_ext import reference
+    from flatten_ext._autograd import count_windows
 
     torch.manual_seed(0)
     dtype = getattr(torch, dtype_name)
@@ -119,7 +120,8 @@ def measure(shape: Shape, direction: str, dtype_name: str, divisor: int, stats: 
             after = stats.stat().st_size
             found = error(out[one], want.detach())
         else:
-            out, state = torch.ops.flatten.attention_forward(q_, k_, v_, *options, True)
+            all_windows = count_windows(q_, window)
+            out, state = torch.ops.flatten.attention_forward(q_, k_, v_, *options, all_windows)
             before = stats.stat().st_size
             mask = [True, True, True, True, False, True, True]
             g = grad.cuda()[: q_.shape[0]]

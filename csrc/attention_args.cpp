@@ -261,16 +261,31 @@ Tokens check_grad_out(const char* op, Tensor& grad_out, const Tensor& q) {
   return check.readable("grad_out", grad_out);
 }
 
-const void* check_state(const Tensor& state, const Tensor& q, const AttentionInputs& inputs) {
+void check_saved_windows(std::int64_t count, const Tensor& q, const Geometry& g) {
+  const Checker check{"attention_forward"};
+  const std::int64_t all = g.batch * g.windows();
+  if (q.device().type() == DeviceType::CUDA) {
+    check.expect(count == 0 || count == all, "saved_windows is ", count, ", expected 0 or all ", all,
+                 " windows on CUDA");
+  }
+  check.expect(count >= 0 && count <= all, "saved_windows is ", count, ", expected 0 to ", all);
+}
+
+SavedState check_state(const Tensor& state, const Tensor& q, const AttentionInputs& inputs) {
   const Checker check{"attention_backward"};
   check.device("state", state, q);
-  if (state.numel() == 0) return nullptr;
-  const std::int64_t expected = state_elements(inputs.geometry);
-  check.expect(state.numel() == expected && state.is_contiguous() &&
+  if (state.numel() == 0) return {nullptr, 0};
+  const Geometry& g = inputs.geometry;
+  const std::int64_t all = g.batch * g.windows(), each = window_state_elements(g);
+  const std::int64_t windows = state.numel() / each;
+  const bool may_be_part = q.device().type() != DeviceType::CUDA;
+  check.expect(state.numel() == windows * each && windows <= all && (may_be_part || windows == all) &&
+                   state.is_contiguous() &&
                    state.scalar_type() == scalar_type(accumulate_dtype(inputs.dtype)),
                "state has ", state.numel(), " elements of ", show(state.scalar_type()),
-               ", expected what attention_forward returned: ", expected, " contiguous elements");
-  return check.data("state", state);
+               ", expected what attention_forward returned: contiguous, ", each, " for each of ",
+               may_be_part ? "at most " : "", all, " windows");
+  return {check.data("state", state), windows};
 }
 
 }  // namespace flatten

@@ -45,7 +45,14 @@ void check(ConvArgs& args, ConvInputs& inputs);
 /// The gradient of the output: q's (x's) shape, dtype and device; made contiguous in place if need be.
 Tokens check_grad_out(const char* op, Tensor& grad_out, const Tensor& q);
 
-/// The state a forward left: empty, or state_elements() numbers.
-const void* check_state(const Tensor& state, const Tensor& q, const AttentionInputs& inputs);
+/// How many windows' S and m a forward is to save.
+void check_saved_windows(std::int64_t count, const Tensor& q, const Geometry& g);
+
+/// The state a forward left.
+struct SavedState {
+  const void* data;  // null where nothing was saved
+  std::int64_t windows;
+};
+SavedState check_state(const Tensor& state, const Tensor& q, const AttentionInputs& inputs);
 
 }  // namespace flatten

@@ -17,12 +17,12 @@ STABLE_TORCH_LIBRARY(flatten, m) {
       "SymInt[]? shift=None) -> Tensor");
 
   // What autograd calls. A focusing_factor of None means features that are mapped already; `state` holds
-  // S and m of every window and head, empty unless save_state. A backward returns one gradient for each
-  // true entry of output_mask, in the order of the tensor arguments.
+  // S and m of saved_windows windows, on CUDA of all or none; a backward computes those of the others again,
+  // and returns one gradient for each true entry of output_mask, in the order of the tensor arguments.
   m.def(
       "attention_forward(Tensor q, Tensor k, Tensor v, int num_heads, Tensor? scale, Tensor? key_bias, "
       "Tensor? dwc_weight, Tensor? dwc_bias, SymInt[]? size, SymInt[]? window, SymInt[]? shift, "
-      "float? focusing_factor, float eps, bool save_state) -> (Tensor out, Tensor state)");
+      "float? focusing_factor, float eps, SymInt saved_windows) -> (Tensor out, Tensor state)");
   m.def(
       "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, int num_heads, Tensor? scale, "
       "Tensor? key_bias, Tensor? dwc_weight, Tensor? dwc_bias, SymInt[]? size, SymInt[]? window, "

@@ -104,20 +104,26 @@ struct AttentionInputs {
 
 struct AttentionForward : AttentionInputs {
   MutableTokens out;
-  /// Where to leave S and m for the backward pass, in the accumulate dtype, or null:
-  /// state_elements() numbers, batch by batch; the layout within a batch is the device's own.
+  /// Where to leave S and m for the backward pass, in the accumulate dtype, or null: window_state_elements()
+  /// numbers for each of `saved_windows`, which are all windows of the batch or, on the CPU, some of them.
+  /// Which those are, and the layout within a window, is the device's own.
   void* state = nullptr;
+  std::int64_t saved_windows = 0;
 };
 
-/// batch * windows * (head_dim + 1) * channels: one D x D block and one mean per head.
+/// (head_dim + 1) * channels: one D x D block and one mean per head.
+constexpr std::int64_t window_state_elements(const Geometry& g) { return (g.head_dim + 1) * g.channels(); }
+
+/// Those of all windows.
 constexpr std::int64_t state_elements(const Geometry& g) {
-  return g.batch * g.windows() * (g.head_dim + 1) * g.channels();
+  return g.batch * g.windows() * window_state_elements(g);
 }
 
 /// Each output is null when nobody asked for it.
 struct AttentionBackward : AttentionInputs {
   Tokens grad_out;
-  const void* state = nullptr;  // null: recompute S and m
+  const void* state = nullptr;  // as the forward left it; null: recompute S and m of all windows
+  std::int64_t saved_windows = 0;
   MutableTokens grad_query, grad_key, grad_value;
   MutableParameter grad_scale, grad_key_bias, grad_weight, grad_bias;
 };

@@ -22,7 +22,6 @@ from torch._C import DispatchKey, DispatchKeySet
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import _load as _load  # registers torch.ops.flatten, whose handles are taken below
 from . import reference
@@ -45,8 +44,9 @@ _attention_forward, _attention_backward, _depthwise_conv_backward = (
     for op in (_ops.attention_forward, _ops.attention_backward, _ops.depthwise_conv_backward)
 )
 
-# What is saved for backward beside q, k and v may add this much memory; beyond it S and m are computed again.
-_STATE_BUDGET = 0.05
+# What is saved for backward beside q, k and v may add a twentieth of their memory; S and m of windows beyond
+# it are computed again.
+_STATE_SHARE = 20
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Family:
     """How autograd runs an operator whose arguments are split into `tensors`, which have gradients, in schema
     order, and `options`, which have none."""
 
-    forward: Callable  # (tensors, options, save_state) -> out, state or None
+    forward: Callable  # (tensors, options, saved_windows) -> out, state or None
     backward: Callable  # (grad_out, tensors, options, state, mask) -> the gradients in mask
     reference: Callable  # (tensors, options) -> out, differentiable in any mode
 
@@ -65,13 +65,26 @@ def attention_arguments(tensors: Sequence[Any], options: tuple) -> tuple[Any, ..
     return *tensors[:3], num_heads, *tensors[3:], size, window, shift, focusing_factor, eps
 
 
-def _worth_saving(q: Tensor, k: Tensor, num_heads: int, window: Sequence[int] | None) -> bool:
-    """Whether S and m stay within the budget. Under dynamic shapes, only if that holds for all of them."""
-    if q.dim() != 3 or k.dim() != 3 or num_heads < 1 or (window is not None and len(window) != 2):
-        return False  # attention_forward will say what is wrong
-    per_window = k.shape[1] if window is None else window[0] * window[1]
-    state_bytes = (q.shape[2] // num_heads + 1) * max(q.element_size(), 4)
-    return statically_known_true(state_bytes <= _STATE_BUDGET * 3 * per_window * q.element_size())
+def count_windows(q: Tensor, window: Sequence[int] | None) -> Any:
+    """Windows of the whole batch."""
+    return q.shape[0] if window is None else q.shape[0] * (q.shape[1] // (window[0] * window[1]))
+
+
+def _saved_windows(q: Tensor, k: Tensor, num_heads: int, window: Sequence[int] | None) -> Any:
+    """How many windows' S and m are kept for the backward: what the budget allows, but none of windows with
+    fewer keys than a head has channels, whose S is larger than what it is made from. On CUDA all or none.
+    Formed without asking which is larger, so that dynamic shapes stay dynamic."""
+    if q.dim() != 3 or k.dim() != 3 or not 1 <= num_heads <= q.shape[2]:
+        return 0  # attention_forward will say what is wrong
+    if window is not None and (len(window) != 2 or min(window) < 1):
+        return 0
+    head_dim, windows = q.shape[2] // num_heads, count_windows(q, window)
+    keys = k.shape[1] if window is None else window[0] * window[1]
+    budget = 3 * keys * q.element_size()
+    each = _STATE_SHARE * (head_dim + 1) * max(q.element_size(), 4)
+    if q.device.type == "cuda":
+        return windows * torch.sym_min(1, budget // each)
+    return torch.sym_min(windows, windows * budget // each) * torch.sym_min(1, keys // head_dim)
 
 
 def _attention_reference(tensors: Sequence[Any], options: tuple) -> Tensor:
@@ -83,8 +96,8 @@ def _attention_reference(tensors: Sequence[Any], options: tuple) -> Tensor:
 
 
 ATTENTION = Family(
-    forward=lambda tensors, options, save_state: _ops.attention_forward.default(
-        *attention_arguments(tensors, options), save_state
+    forward=lambda tensors, options, saved_windows: _ops.attention_forward.default(
+        *attention_arguments(tensors, options), saved_windows
     ),
     backward=lambda grad_out, tensors, options, state, mask: _ops.attention_backward.default(
         grad_out, *attention_arguments(tensors, options), state, mask
@@ -93,7 +106,7 @@ ATTENTION = Family(
 )
 
 CONV = Family(
-    forward=lambda tensors, options, save_state: (_ops.depthwise_conv.default(*tensors, *options), None),
+    forward=lambda tensors, options, saved_windows: (_ops.depthwise_conv.default(*tensors, *options), None),
     backward=lambda grad_out, tensors, options, state, mask: _ops.depthwise_conv_backward.default(
         grad_out, *tensors, *options, mask
     ),
@@ -105,9 +118,9 @@ class _Forward(_SingleLevelFunction):
     """First derivatives, by the kernels. Returns what family.forward returns."""
 
     @staticmethod
-    def forward(ctx, family, options, save_state, *tensors):
+    def forward(ctx, family, options, saved_windows, *tensors):
         with _this_level_off():
-            out, state = family.forward(tensors, options, save_state)
+            out, state = family.forward(tensors, options, saved_windows)
         ctx.family, ctx.options = family, options
         ctx.save_for_backward(state, *tensors)
         ctx.set_materialize_grads(False)  # the state has none: no zeros of its size
@@ -213,7 +226,8 @@ def _attention_autograd(
     if _in_forward_mode():
         return _attention_reference(tensors, options)
     if _records(*tensors):
-        return _apply(_Forward, ATTENTION, options, _worth_saving(q, k, num_heads, window), *tensors)[0]
+        saved = _saved_windows(q, k, num_heads, window)
+        return _apply(_Forward, ATTENTION, options, saved, *tensors)[0]
     return _attention.redispatch_boxed(
         keyset & _after_autograd, q, k, v, num_heads, scale, key_bias, dwc_weight, dwc_bias,
         size, window, shift, focusing_factor, eps,
@@ -228,7 +242,8 @@ def _linear_attention_autograd(
     if _in_forward_mode():
         return _attention_reference(tensors, options)
     if _records(*tensors):
-        return _apply(_Forward, ATTENTION, options, _worth_saving(q, k, num_heads, window), *tensors)[0]
+        saved = _saved_windows(q, k, num_heads, window)
+        return _apply(_Forward, ATTENTION, options, saved, *tensors)[0]
     return _linear_attention.redispatch_boxed(
         keyset & _after_autograd, q, k, v, num_heads, dwc_weight, dwc_bias, size, window, shift, eps
     )
@@ -239,21 +254,21 @@ def _conv_autograd(keyset, x, weight, bias, size, window=None, shift=None):
     if _in_forward_mode():
         return CONV.reference(tensors, options)
     if _records(*tensors):
-        return _apply(_Forward, CONV, options, False, *tensors)[0]
+        return _apply(_Forward, CONV, options, 0, *tensors)[0]
     return _depthwise_conv.redispatch_boxed(keyset & _after_autograd, x, weight, bias, size, window, shift)
 
 
 def _attention_forward_autograd(
     keyset, q, k, v, num_heads, scale, key_bias, dwc_weight, dwc_bias, size, window, shift,
-    focusing_factor, eps, save_state,
+    focusing_factor, eps, saved_windows,
 ):  # fmt: skip
     # Reached from _Forward, one torch.func level further down, or by a direct call.
     tensors = (q, k, v, scale, key_bias, dwc_weight, dwc_bias)
     options = (num_heads, size, window, shift, focusing_factor, eps)
     if _records(*tensors):
-        return _apply(_Forward, ATTENTION, options, save_state, *tensors)
+        return _apply(_Forward, ATTENTION, options, saved_windows, *tensors)
     return _attention_forward.redispatch_boxed(
-        keyset & _after_autograd, *attention_arguments(tensors, options), save_state
+        keyset & _after_autograd, *attention_arguments(tensors, options), saved_windows
     )
 
 

@@ -55,9 +55,13 @@ for _device, _key in {
 
 
 # ------------------------------------------------------------------------------------------------------- vmap
-def _register_vmap(name: str, tokens: int, state: int | None = None, mask: int | None = None) -> None:
-    """Folds the mapped dimension into the batch where only the first `tokens` arguments and `state`, which is
-    batch-major, are mapped and no parameter's gradient is asked for; else runs sample by sample."""
+def _register_vmap(
+    name: str, tokens: int, saved: int | None = None, state: int | None = None, mask: int | None = None
+) -> None:
+    """Folds the mapped dimension into the batch where only the first `tokens` arguments and `state` are
+    mapped and no parameter's gradient is asked for; else runs sample by sample. A folded call neither leaves
+    a state (`saved` is its number of windows) nor takes one: which windows that holds depends on the batch.
+    """
     op = getattr(_ops, name).default
 
     def mapped(outputs):
@@ -69,10 +73,7 @@ def _register_vmap(name: str, tokens: int, state: int | None = None, mask: int |
     def rule(info, in_dims, *args):
         dims = [d if isinstance(d, int) else None for d in in_dims]  # lists of numbers have lists of None
 
-        def folds(i: int) -> bool:
-            return i < tokens or i == state
-
-        only_tokens = all(d is None or folds(i) for i, d in enumerate(dims))
+        only_tokens = all(d is None or i < tokens or i == state for i, d in enumerate(dims))
         if not only_tokens or (mask is not None and any(args[mask][tokens - 1 :])):
             samples = [
                 op(*(a if d is None else a.select(d, i) for a, d in zip(args, dims, strict=True)))
@@ -86,7 +87,12 @@ def _register_vmap(name: str, tokens: int, state: int | None = None, mask: int |
             t = t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
             return t.flatten(0, 1)
 
-        result = op(*(fold(a, d) if folds(i) else a for i, (a, d) in enumerate(zip(args, dims, strict=True))))
+        folded = [*map(fold, args[:tokens], dims[:tokens]), *args[tokens:]]
+        if saved is not None:
+            folded[saved] = 0
+        if state is not None:
+            folded[state] = args[state].new_empty(0)
+        result = op(*folded)
         if isinstance(result, Tensor):
             return result.unflatten(0, (info.batch_size, -1)), 0
         return mapped([t.unflatten(0, (info.batch_size, t.shape[0] // info.batch_size)) for t in result])
@@ -97,16 +103,15 @@ def _register_vmap(name: str, tokens: int, state: int | None = None, mask: int |
 _register_vmap("attention", 3)
 _register_vmap("linear_attention", 3)
 _register_vmap("depthwise_conv", 1)
-_register_vmap("attention_forward", 3)
+_register_vmap("attention_forward", 3, saved=13)
 _register_vmap("attention_backward", 4, state=14, mask=15)
 _register_vmap("depthwise_conv_backward", 2, mask=7)
 
 
 # ----------------------------------------------------------------------------------------------- fake tensors
-def _state_shape(q: Tensor, k: Tensor, num_heads: int, size, window) -> list:
-    """S and m of every window: batch * windows * (head_dim + 1) * channels numbers."""
-    windows = 1 if window is None else (size[0] // window[0]) * (size[1] // window[1])
-    return [q.shape[0] * windows * (q.shape[2] // num_heads + 1) * q.shape[2]]
+def _state_shape(q: Tensor, num_heads: int, saved_windows) -> list:
+    """S and m of a window: (head_dim + 1) * channels numbers."""
+    return [saved_windows * (q.shape[2] // num_heads + 1) * q.shape[2]]
 
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -156,13 +161,25 @@ def _fake_conv(x, weight, bias, size, window=None, shift=None):
 
 
 def _fake_forward(
-    q, k, v, num_heads, scale, key_bias, dwc_weight, dwc_bias, size, window, shift, focusing_factor, eps, save
+    q,
+    k,
+    v,
+    num_heads,
+    scale,
+    key_bias,
+    dwc_weight,
+    dwc_bias,
+    size,
+    window,
+    shift,
+    focusing_factor,
+    eps,
+    saved,
 ):
     out = _fake_attention(
         q, k, v, num_heads, scale, key_bias, dwc_weight, dwc_bias, size, window, shift, focusing_factor, eps
     )
-    state = _state_shape(q, k, num_heads, size, window) if save else [0]
-    return out, q.new_empty(state, dtype=_accumulate_dtype(q.dtype))
+    return out, q.new_empty(_state_shape(q, num_heads, saved), dtype=_accumulate_dtype(q.dtype))
 
 
 def _fake_gradients(tensors, mask) -> list[Tensor]:
@@ -227,13 +244,26 @@ def _fallback_conv(x, weight, bias, size, window=None, shift=None):
 
 
 def _fallback_forward(
-    q, k, v, num_heads, scale, key_bias, dwc_weight, dwc_bias, size, window, shift, focusing_factor, eps, save
+    q,
+    k,
+    v,
+    num_heads,
+    scale,
+    key_bias,
+    dwc_weight,
+    dwc_bias,
+    size,
+    window,
+    shift,
+    focusing_factor,
+    eps,
+    saved,
 ):
     options = (num_heads, size, window, shift, focusing_factor, eps)
     tensors = (q, k, v, scale, key_bias, dwc_weight, dwc_bias)
     _ops.check_attention.default(*attention_arguments(tensors, options))
     # The shape that the fake kernel promised; the fallback's backward does not read it.
-    state = _state_shape(q, k, num_heads, size, window) if save else [0]
+    state = _state_shape(q, num_heads, saved)
     return ATTENTION.reference(tensors, options), q.new_zeros(state, dtype=_accumulate_dtype(q.dtype))
 
 

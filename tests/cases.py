@@ -117,6 +117,12 @@ def widened(arguments: dict) -> dict:
     return {k: a.double() if isinstance(a, Tensor) else a for k, a in arguments.items()}
 
 
+def positional(arguments: dict) -> list:
+    """The arguments of attention as its schema orders them."""
+    schema = torch.ops.flatten.attention.default._schema
+    return [arguments.get(a.name, a.default_value) for a in schema.arguments]
+
+
 def with_gradients(arguments: dict, names=TENSORS) -> dict:
     return {
         k: a.detach().clone().requires_grad_() if isinstance(a, Tensor) and k in names else a

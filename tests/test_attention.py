@@ -7,12 +7,14 @@ import torch
 from cases import (
     CASES,
     DTYPES,
+    TENSORS,
     TOLERANCE,
     Case,
     gradients,
     linear_arguments,
     oracle,
     oracle_gradients,
+    positional,
     relative_error,
     widened,
     with_gradients,
@@ -21,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flatten_ext import reference
+from flatten_ext._autograd import count_windows
 from flatten_ext.bench import timing
 
 attention = torch.ops.flatten.attention
@@ -325,6 +328,67 @@ def test_key_bias_gradient_wherever_it_is_summed(threads, batch, head_dim, dtype
     expected = oracle_gradients(arguments, grad_out)["key_bias"]
     assert torch.equal(found[5], torch.zeros_like(found[5]))
     assert relative_error(found, expected) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["taps", "shifted", "head-dim-20", "small-windows", "batch-1-many-blocks"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_any_number_of_windows_may_be_saved(threads, name, dtype):
+    """The others' sums are computed again; the gradients are the same to the last bit."""
+    arguments = CASES[name].arguments(dtype)
+    rest = positional(arguments)
+    windows = count_windows(rest[0], arguments.get("window"))
+    grad_out = torch.randn_like(arguments["q"])
+    mask = [isinstance(arguments.get(tensor), torch.Tensor) for tensor in TENSORS]
+    with timing.threads(threads):
+        states = [torch.ops.flatten.attention_forward(*rest, n)[1] for n in range(windows + 1)]
+        found = [torch.ops.flatten.attention_backward(grad_out, *rest, state, mask) for state in states]
+    each = (CASES[name].head_dim + 1) * rest[0].shape[2]
+    assert [state.numel() for state in states] == [n * each for n in range(windows + 1)]
+    for gradient in zip(*found, strict=True):
+        assert all(torch.equal(g, gradient[0]) for g in gradient)
+
+
+def test_a_saved_state_is_used():
+    arguments = positional(CASES["taps"].arguments(torch.float32))
+    mask = [True] * 7
+    grad_out = torch.randn_like(arguments[0])
+    state = torch.ops.flatten.attention_forward(*arguments, 1)[1]
+    with_state, with_other = (
+        torch.ops.flatten.attention_backward(grad_out, *arguments, s, mask)[0] for s in (state, 2 * state)
+    )
+    differs = (with_state != with_other).flatten(1).any(1)
+    assert differs.sum() == 1  # the saved window's image
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "saved"),
+    [
+        (Case(size=(28, 28), batch=3, heads=1, head_dim=32), torch.float32, 3),
+        (Case(size=(14, 14), batch=8, heads=1, head_dim=32), torch.float32, 7),  # S and m: 5.6 % of q, k, v
+        (Case(size=(14, 14), batch=8, heads=1, head_dim=32), torch.bfloat16, 3),
+        (Case(size=(14, 14), window=(7, 7), batch=8, heads=1, head_dim=32), torch.float32, 7),
+        (Case(size=(7, 7), batch=64, heads=1, head_dim=64), torch.float32, 0),  # S is larger than k
+    ],
+    ids=str,
+)
+def test_a_twentieth_of_the_tokens_memory_is_saved(case, dtype, saved):
+    arguments = case.arguments(dtype, param_dtype=torch.float32)
+    kept = []
+
+    def pack(t):
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        attention(**with_gradients(arguments))
+    each = (case.head_dim + 1) * case.heads * case.head_dim
+    (state,) = [t for t in kept if t.dim() == 1 and t.numel() == saved * each]
+    tokens = sum(arguments[name].nbytes for name in ("q", "k", "v"))
+    assert state.nbytes <= tokens / 20 < state.nbytes + each * state.element_size() or saved in (
+        0,
+        case.batch,
+    )
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(0, 12), (2, 0)])

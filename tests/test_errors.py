@@ -372,7 +372,7 @@ def test_integers_beyond_64_bits(name: str) -> None:
 def backward_arguments(**changes) -> dict:
     arguments = attention_arguments()
     names = list(arguments)
-    state = internal.attention_forward(**arguments, save_state=True)[1]
+    state = internal.attention_forward(**arguments, saved_windows=8)[1]
     arguments = {"grad_out": randn(2, 16, 8), **{n: arguments[n] for n in names}}
     return {**arguments, "state": state, "output_mask": [True] * 7, **changes}
 
@@ -423,7 +423,7 @@ def test_linear_attention_has_no_focus(argument: str) -> None:
     arguments = attention_arguments() | {"scale": None, "key_bias": None, "focusing_factor": None}
     arguments[argument] = attention_arguments()[argument]
     with pytest.raises(ERRORS, match="scale and key_bias belong to the focused mapping"):
-        internal.attention_forward(**arguments, save_state=False)
+        internal.attention_forward(**arguments, saved_windows=0)
 
 
 CONV_BACKWARD_CASES: list[Case] = [

@@ -9,21 +9,26 @@ import pickle
 import pytest
 import torch
 import torch.autograd.forward_ad as fwd
-from cases import CASES, TENSORS, Case, gradients, linear_arguments, relative_error, with_gradients
+from cases import (
+    CASES,
+    TENSORS,
+    Case,
+    gradients,
+    linear_arguments,
+    positional,
+    relative_error,
+    with_gradients,
+)
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import flatten_ext
 from flatten_ext import _registrations as registrations
 from flatten_ext import reference
+from flatten_ext._autograd import count_windows
 
 ops = torch.ops.flatten
 SMALL = Case(size=(2, 4), heads=2, head_dim=2, batch=2, window=(2, 2), shift=(1, 1), kernel=(3, 3))
-
-
-def positional(arguments: dict) -> list:
-    """The arguments of attention as its schema orders them."""
-    return [arguments.get(a.name, a.default_value) for a in ops.attention.default._schema.arguments]
 
 
 def tensors_of(arguments: dict) -> list[str]:
@@ -54,9 +59,10 @@ def test_opcheck_the_other_operators():
     torch.library.opcheck(ops.depthwise_conv.default, (x, weight, None), geometry)
 
     q, k, v, *rest = positional(CASES["shifted"].arguments(torch.float32))
-    for save_state in (False, True):
-        torch.library.opcheck(ops.attention_forward.default, (q, k, v, *rest, save_state))
-    _, state = ops.attention_forward(q, k, v, *rest, True)
+    windows = count_windows(q, geometry["window"])
+    for saved in (0, 3, windows):
+        torch.library.opcheck(ops.attention_forward.default, (q, k, v, *rest, saved))
+    _, state = ops.attention_forward(q, k, v, *rest, 3)
     mask = [True, False, True, False, True, True, False]
     torch.library.opcheck(ops.attention_backward.default, (torch.randn_like(q), q, k, v, *rest, state, mask))
     conv = (torch.randn_like(x), x.detach(), weight.detach(), None, *geometry.values(), [True, True, False])
@@ -339,7 +345,7 @@ def test_reference_runs_where_there_is_no_kernel():
     assert relative_error(found, ops.attention(**arguments)) < 1e-6
     rest = positional(arguments)
     grad_out = torch.randn_like(arguments["q"])
-    state = registrations._fallback_forward(*rest, True)[1]
+    state = registrations._fallback_forward(*rest, 5)[1]
     mask = [True] * 7
     expected = ops.attention_backward(grad_out, *rest, torch.empty(0), mask)
     for a, b in zip(

@@ -62,23 +62,25 @@ void check_scale_values(const AttentionInputs& in) {
   }
 }
 
-/// Runs the forward. A `state` that is not null becomes S and m, or empty unless they are asked for.
-Tensor run_forward(AttentionArgs& args, Tensor* state = nullptr, bool save_state = false) {
+/// Runs the forward. A `state` that is not null becomes S and m of as many windows as asked for.
+Tensor run_forward(AttentionArgs& args, Tensor* state = nullptr, std::int64_t saved_windows = 0) {
   AttentionForward forward;
   check(args, forward);
   check_scale_values(forward);
   const Geometry& g = forward.geometry;
+  check_saved_windows(saved_windows, args.q, g);
   Tensor out = empty_on_device_of(args.q, {g.batch, g.queries, g.channels()}, forward.dtype);
   if (state) {
-    const std::int64_t elements = save_state ? state_elements(g) : 0;
-    *state = empty_on_device_of(args.q, {elements}, accumulate_dtype(forward.dtype));
+    *state = empty_on_device_of(args.q, {saved_windows * window_state_elements(g)},
+                                accumulate_dtype(forward.dtype));
   }
   if (is_empty(g)) {
-    if (save_state) torch::stable::zero_(*state);
+    if (state) torch::stable::zero_(*state);
     return out;
   }
   forward.out = writable(out);
-  if (save_state) forward.state = state->mutable_data_ptr();
+  forward.saved_windows = saved_windows;
+  if (saved_windows > 0) forward.state = state->mutable_data_ptr();
   kernels().attention_forward(forward, torch_threads());
   return out;
 }
@@ -88,11 +90,11 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, std::
                                              OptionalTensor dwc_weight, OptionalTensor dwc_bias,
                                              OptionalSize size, OptionalSize window, OptionalSize shift,
                                              std::optional<double> focusing_factor, double eps,
-                                             bool save_state) {
+                                             std::int64_t saved_windows) {
   AttentionArgs args{q,        k,    v,      num_heads, scale,           key_bias, dwc_weight,
                      dwc_bias, size, window, shift,     focusing_factor, eps};
   Tensor state;
-  Tensor out = run_forward(args, &state, save_state);
+  Tensor out = run_forward(args, &state, saved_windows);
   return {std::move(out), std::move(state)};
 }
 
@@ -125,7 +127,9 @@ std::vector<Tensor> attention_backward(Tensor grad_out, Tensor q, Tensor k, Tens
   check(args, backward);
   check_scale_values(backward);
   backward.grad_out = check_grad_out("attention_backward", grad_out, args.q);
-  backward.state = check_state(state, args.q, backward);
+  const SavedState saved = check_state(state, args.q, backward);
+  backward.state = saved.data;
+  backward.saved_windows = saved.windows;
   std::vector<Tensor> gradients = allocate_gradients(args, output_mask, backward);
   if (!gradients.empty() && !is_empty(backward.geometry))
     kernels().attention_backward(backward, torch_threads());

@@ -195,19 +195,21 @@ class AttentionKernel {
     upcoming.add(rows, block.count, c_.count());
   }
 
-  // The state keeps S and m without padding: (pairs, heads, dim, dim), then m, pair by pair.
-  void save_state(i64 pair, const Sums<T>& sums, void* state) const {
-    T* to = static_cast<T*>(state) + pair * (c_.dim + 1) * c_.count();
-    const i64 rows = c_.heads * (c_.dim + 1);
-    for (i64 i = 0; i < rows; ++i) unpack(sums.s + i * c_.padded, to + i * c_.dim, c_.dim);
+  // A state keeps S and m without padding: (saved windows, heads, dim, dim), then m, window by window.
+  i64 saved_elements() const { return (c_.dim + 1) * c_.count(); }
+  /// Where a state of `saved` windows has a pair's S and m, or -1. Those it has are spread evenly, so that
+  /// every slot finds as many.
+  i64 saved_at(i64 pair, i64 saved) const {
+    const i64 at = pair * saved / pairs();
+    return (pair + 1) * saved / pairs() > at ? at * saved_elements() : -1;
   }
-  const T* state_of(i64 pair, const void* state) const {
-    return static_cast<const T*>(state) + pair * (c_.dim + 1) * c_.count();
-  }
-  void load_state(i64 pair, const void* state, const Sums<T>& sums) const {
-    const T* from = state_of(pair, state);
+  void save_state(const Sums<T>& sums, T* state) const {
     const i64 rows = c_.heads * (c_.dim + 1);
-    for (i64 i = 0; i < rows; ++i) pack(from + i * c_.dim, sums.s + i * c_.padded, c_.dim, T(1));
+    for (i64 i = 0; i < rows; ++i) unpack(sums.s + i * c_.padded, state + i * c_.dim, c_.dim);
+  }
+  void load_state(const T* state, const Sums<T>& sums) const {
+    const i64 rows = c_.heads * (c_.dim + 1);
+    for (i64 i = 0; i < rows; ++i) pack(state + i * c_.dim, sums.s + i * c_.padded, c_.dim, T(1));
   }
 
   const AttentionInputs& in_;

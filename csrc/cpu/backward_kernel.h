@@ -70,7 +70,7 @@ class BackwardKernel : AttentionKernel<X> {
           scratch.values_of_window = rows_of<X>(in_.value, keys);
           query_pass(pair, 0, queries_.tokens(), scratch, scratch.gradients);
         } else if (needs_attention()) {
-          if (!p_.state) {
+          if (!state_of(pair)) {
             clear(scratch.sums);
             Base::sum_keys(pair, 0, keys_.tokens(), scratch.focus, scratch.features, scratch.packed,
                            scratch.sums);
@@ -202,16 +202,22 @@ class BackwardKernel : AttentionKernel<X> {
     }
   }
 
+  /// What the forward saved of a pair; null: nothing.
+  const T* state_of(i64 pair) const {
+    const i64 at = p_.state ? Base::saved_at(pair, p_.saved_windows) : -1;
+    return at < 0 ? nullptr : static_cast<const T*>(p_.state) + at;
+  }
+
   /// S^T and m for the query pass, from the state if there is one, else from `sums`.
   void take_sums(i64 pair, const Scratch& scratch) const {
-    if (p_.state && c_.dim == c_.padded) {  // the state is laid out as `sums` are
-      const T* state = Base::state_of(pair, p_.state);
+    const T* state = state_of(pair);
+    if (state && c_.dim == c_.padded) {  // the state is laid out as `sums` are
       transpose_matrices(state, scratch.transposed);
       __builtin_memcpy(scratch.sums.m, state + c_.matrices(),
                        static_cast<std::size_t>(c_.count()) * sizeof(T));
       return;
     }
-    if (p_.state) Base::load_state(pair, p_.state, scratch.sums);
+    if (state) Base::load_state(state, scratch.sums);
     transpose_matrices(scratch.sums.s, scratch.transposed);
   }
 
@@ -228,7 +234,7 @@ class BackwardKernel : AttentionKernel<X> {
     };
     auto queries = [&](int slot) {
       Scratch scratch = make_scratch(shared, slot);
-      if (!p_.state) Base::add_partials(shared.partial_sums, stride, slots, scratch.sums);
+      if (!state_of(pair)) Base::add_partials(shared.partial_sums, stride, slots, scratch.sums);
       take_sums(pair, scratch);
       const Sums<T> gradients = Base::sums_at(shared.partial_gradients + slot * stride);
       clear(gradients);
@@ -246,7 +252,7 @@ class BackwardKernel : AttentionKernel<X> {
                scratch);
     };
     if (needs_attention()) {
-      if (!p_.state) for_each_slot(parallel, slots, sum);
+      if (!state_of(pair)) for_each_slot(parallel, slots, sum);
       for_each_slot(parallel, slots, queries);
     }
     for_each_slot(parallel, slots, keys);

@@ -16,7 +16,8 @@ class ForwardKernel : AttentionKernel<X> {
   explicit ForwardKernel(const AttentionForward& p)
       : Base(p),
         out_(p.out),
-        state_(p.state),
+        state_(static_cast<T*>(p.state)),
+        saved_windows_(p.saved_windows),
         tiling_(Tiling::make(queries_)),
         shape_(TapsShape<T>::make(p.taps, c_, tiling_)),
         taps_(TapsKernels<X, T>::select(p.taps.kernel_w)),
@@ -40,7 +41,7 @@ class ForwardKernel : AttentionKernel<X> {
           Base::sum_keys(pair, 0, keys_.tokens(), scratch.focus, scratch.features, scratch.values,
                          scratch.sums);
         }
-        if (state_) Base::save_state(pair, scratch.sums, state_);
+        save_state(pair, scratch.sums);
         attend(pair, 0, tiling_.count(), scratch);
       }
     };
@@ -61,7 +62,7 @@ class ForwardKernel : AttentionKernel<X> {
         Scratch scratch = make_scratch();
         prepare_taps(scratch);
         Base::add_partials(partials, stride, schedule.slots, scratch.sums);
-        if (state_ && slot == 0) Base::save_state(pair, scratch.sums, state_);
+        if (slot == 0) save_state(pair, scratch.sums);
         attend(pair, schedule.begin(tiling_.count(), slot), schedule.begin(tiling_.count(), slot + 1),
                scratch);
       };
@@ -114,6 +115,11 @@ class ForwardKernel : AttentionKernel<X> {
   }
 
   void clear(const Sums<T>& sums) const { set_zero(sums.s, Base::sums_elements()); }
+
+  void save_state(i64 pair, const Sums<T>& sums) const {
+    const i64 at = state_ ? Base::saved_at(pair, saved_windows_) : -1;
+    if (at >= 0) Base::save_state(sums, state_ + at);
+  }
 
   /// The output of tiles [begin, end) of a window.
   void attend(i64 pair, i64 begin, i64 end, Scratch& scratch) const {
@@ -187,7 +193,8 @@ class ForwardKernel : AttentionKernel<X> {
   }
 
   MutableTokens out_;
-  void* state_;
+  T* state_;
+  i64 saved_windows_;
   Tiling tiling_;
   TapsShape<T> shape_;
   TapsKernels<X, T> taps_;

@@ -32,19 +32,21 @@ void run(const Params& params, const Tensor& on_device) {
   STD_CUDA_CHECK(launch(params, device, workspace.mutable_data_ptr(), static_cast<cudaStream_t>(stream)));
 }
 
-std::tuple<Tensor, Tensor> run_forward(AttentionArgs& args, bool save_state) {
+std::tuple<Tensor, Tensor> run_forward(AttentionArgs& args, std::int64_t saved_windows) {
   AttentionForward forward;
   check(args, forward);
   const Geometry& g = forward.geometry;
+  check_saved_windows(saved_windows, args.q, g);
   Tensor out = empty_on_device_of(args.q, {g.batch, g.queries, g.channels()}, forward.dtype);
   Tensor state =
-      empty_on_device_of(args.q, {save_state ? state_elements(g) : 0}, accumulate_dtype(forward.dtype));
+      empty_on_device_of(args.q, {saved_windows * window_state_elements(g)}, accumulate_dtype(forward.dtype));
   if (is_empty(g)) {
-    if (save_state) torch::stable::zero_(state);
+    torch::stable::zero_(state);
     return {std::move(out), std::move(state)};
   }
   forward.out = writable(out);
-  if (save_state) forward.state = state.mutable_data_ptr();
+  forward.saved_windows = saved_windows;
+  if (saved_windows > 0) forward.state = state.mutable_data_ptr();
   run(forward, args.q);
   return {std::move(out), std::move(state)};
 }
@@ -54,10 +56,10 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, std::
                                              OptionalTensor dwc_weight, OptionalTensor dwc_bias,
                                              OptionalSize size, OptionalSize window, OptionalSize shift,
                                              std::optional<double> focusing_factor, double eps,
-                                             bool save_state) {
+                                             std::int64_t saved_windows) {
   AttentionArgs args{q,        k,    v,      num_heads, scale,           key_bias, dwc_weight,
                      dwc_bias, size, window, shift,     focusing_factor, eps};
-  return run_forward(args, save_state);
+  return run_forward(args, saved_windows);
 }
 
 Tensor attention(Tensor q, Tensor k, Tensor v, std::int64_t num_heads, OptionalTensor scale,
@@ -66,7 +68,7 @@ Tensor attention(Tensor q, Tensor k, Tensor v, std::int64_t num_heads, OptionalT
                  double eps) {
   AttentionArgs args{q,        k,    v,      num_heads, scale,           key_bias, dwc_weight,
                      dwc_bias, size, window, shift,     focusing_factor, eps};
-  return std::get<0>(run_forward(args, /*save_state=*/false));
+  return std::get<0>(run_forward(args, /*saved_windows=*/0));
 }
 
 Tensor linear_attention(Tensor q, Tensor k, Tensor v, std::int64_t num_heads, OptionalTensor dwc_weight,
@@ -74,7 +76,7 @@ Tensor linear_attention(Tensor q, Tensor k, Tensor v, std::int64_t num_heads, Op
                         double eps) {
   AttentionArgs args{q,        k,    v,      num_heads, {},           {}, dwc_weight,
                      dwc_bias, size, window, shift,     std::nullopt, eps};
-  return std::get<0>(run_forward(args, /*save_state=*/false));
+  return std::get<0>(run_forward(args, /*saved_windows=*/0));
 }
 
 std::vector<Tensor> attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, std::int64_t num_heads,
@@ -88,7 +90,9 @@ std::vector<Tensor> attention_backward(Tensor grad_out, Tensor q, Tensor k, Tens
   AttentionBackward backward;
   check(args, backward);
   backward.grad_out = check_grad_out("attention_backward", grad_out, args.q);
-  backward.state = check_state(state, args.q, backward);
+  const SavedState saved = check_state(state, args.q, backward);
+  backward.state = saved.data;
+  backward.saved_windows = saved.windows;
   std::vector<Tensor> gradients = allocate_gradients(args, output_mask, backward);
   if (!gradients.empty() && !is_empty(backward.geometry)) run(backward, args.q);
   return gradients;

@@ -241,7 +241,7 @@ def test_saved_state_gives_the_same_gradients():
     q, k, v, *parameters = call.tensors
     op = torch.ops.flatten
     arguments = (q, k, v, heads, *parameters, size, window, shift, p, eps)
-    out, state = op.attention_forward(*arguments, True)
+    out, state = op.attention_forward(*arguments, 1)
     assert torch.equal(out, call.run())
     mask = [t is not None for t in call.tensors]
     saved = op.attention_backward(call.grad_out, *arguments, state, mask)
