@@ -21,6 +21,7 @@ __all__ = [
     "LABELS",
     "MODES",
     "Measurement",
+    "call_of",
     "contenders",
     "geometric_mean",
     "modes_of",
@@ -57,7 +58,8 @@ class Measurement:
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
-def _focused(attend: Callable[..., Tensor], inputs: Inputs, shape: Shape) -> Callable[[], Tensor]:
+def call_of(attend: Callable[..., Tensor], inputs: Inputs, shape: Shape) -> Callable[[], Tensor]:
+    """A forward of focused attention, or of what has its signature."""
     q, k, v, scale, key_bias, weight, bias = inputs.tensors
     return lambda: attend(q, k, v, shape.heads, scale, key_bias, weight, bias, shape.size)
 
@@ -118,7 +120,7 @@ def contenders(
             calls[name] = modes_of(_softmax(inputs, shape), inputs.qkv, inputs.grad_out)
             continue
         check_focused(LABELS[name], focused[name], inputs, shape)
-        calls[name] = modes_of(_focused(focused[name], inputs, shape), inputs.tensors, inputs.grad_out)
+        calls[name] = modes_of(call_of(focused[name], inputs, shape), inputs.tensors, inputs.grad_out)
     return calls
 
 

@@ -3,6 +3,10 @@
 Fresh processes differ by more than contenders do (page faults of new buffers alone move an eager baseline by
 up to 3x), and a machine's speed drifts; so contenders take turns, in an order that rotates, and are compared
 by the medians of those turns.
+
+A turn is a visit: untimed calls, then timed ones, whose mean counts. Behind a large matrix product, a softmax
+or a pause, a call of a small shape takes 1.3 to 1.6 times its steady time, the second still 1.1 to 1.3 times,
+and only the third to fifth is steady: branch predictors, TLB and second-level cache held what ran before.
 """
 
 from __future__ import annotations
@@ -23,15 +27,23 @@ __all__ = [
     "in_turn",
     "mm_rate",
     "peak_memory",
+    "settle_allocator",
     "synchronize",
     "threads",
     "use_clock",
 ]
 
 
+# What a visit takes, in seconds: calls that bring a contender's code and data back, then those that count.
+UNTIMED_SECONDS = 0.01
+TIMED_SECONDS = 0.03
+# A call longer than this, in milliseconds, gets no untimed one: nothing of it would be left in the caches.
+LONG_CALL_MS = 200
+
+
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call: the median of `rounds` and the quartiles around it."""
+    """Milliseconds of one call: the median of `rounds` visits and the quartiles around it."""
 
     median: float
     low: float
@@ -72,12 +84,33 @@ def use_clock(name: str) -> None:
     _clock = CLOCKS[name]
 
 
-def _once(call: Callable[[], object], device: torch.device) -> float:
+def _mean(call: Callable[[], object], device: torch.device, count: int) -> float:
+    """Milliseconds of one of `count` calls in a row."""
     synchronize(device)
     started = _clock()
-    call()
+    for _ in range(count):
+        call()
     synchronize(device)
-    return 1e3 * (_clock() - started)
+    return 1e3 * (_clock() - started) / count
+
+
+def settle_allocator() -> None:
+    """Brings glibc's malloc into the state of a process that has handled large tensors.
+
+    glibc maps blocks above a threshold afresh from the system, which zeroes their pages and takes a fault for
+    each: 128 KiB at first, then the size of the largest mapped block freed so far, at most 32 MiB. Twice the
+    threshold is kept at the end of the heap, what lies free beyond goes back. So the same call takes no page
+    faults or 1500 (0.65 us each), by what ran before it in the process. Elsewhere this does nothing.
+    """
+    just_below = (32 << 20) - (64 << 10)  # with its header, and aligned
+    # The heap may have room for one or two of them, which then say nothing; the pages are never touched.
+    held = [torch.empty(just_below, dtype=torch.uint8) for _ in range(3)]
+    del held
+
+
+def _calls_in(seconds: float, ms: float) -> int:
+    """How many calls of `ms` milliseconds take about `seconds`; at least one."""
+    return max(1, round(1e3 * seconds / max(ms, 1e-4)))
 
 
 def in_turn(
@@ -89,22 +122,26 @@ def in_turn(
     give_up_ms: float = 4000,
     prepare: Callable[[str], object] = lambda name: None,
 ) -> dict[str, Timing]:
-    """Times every call in rounds of one call each.
+    """Times every call in rounds of one visit each (see the module).
 
     Args:
         calls: what to time, by name.
         device: where they run.
-        seconds: time to spend on each call, on average.
+        seconds: time to spend on each call, on average; a visit of short calls takes a tenth of it at most.
         rounds, at_least: bounds on the number of rounds.
         give_up_ms: a call whose first run takes longer is timed on that run alone.
-        prepare: called with the name before every timed call, and not timed.
+        prepare: called with the name before every visit, and not timed.
     """
+    if device.type == "cpu":
+        settle_allocator()
     first: dict[str, float] = {}
     for name, call in calls.items():
         prepare(name)
         call()  # compiles, packs weights, faults pages in
-        first[name] = _once(call, device)
+        first[name] = _mean(call, device, 1)
     racing = [name for name in calls if first[name] <= give_up_ms]
+    scale = min(1.0, seconds / 10 / (UNTIMED_SECONDS + TIMED_SECONDS))
+    steady = dict(first)  # the shortest time seen so far: the first is rarely that
     samples: dict[str, list[float]] = {name: [] for name in racing}
     started = time.perf_counter()
     for turn in range(rounds):
@@ -113,7 +150,11 @@ def in_turn(
         for i in range(len(racing)):
             name = racing[(turn + i) % len(racing)]
             prepare(name)
-            samples[name].append(_once(calls[name], device))
+            if steady[name] <= LONG_CALL_MS:
+                for _ in range(_calls_in(scale * UNTIMED_SECONDS, steady[name])):
+                    calls[name]()
+            samples[name].append(_mean(calls[name], device, _calls_in(scale * TIMED_SECONDS, steady[name])))
+            steady[name] = min(steady[name], samples[name][-1])
     timings = {}
     for name in calls:
         times = samples.get(name) or [first[name]]
@@ -126,7 +167,7 @@ def mm_rate(device: torch.device, n: int = 2048, repeats: int = 5) -> float:
     """The best rate, in GFLOP/s, of a float32 torch.mm of n x n matrices: the yardstick for arithmetic."""
     a, b = torch.rand(2, n, n, device=device)
     out = torch.mm(a, b)
-    best = min(_once(lambda: torch.mm(a, b, out=out), device) for _ in range(repeats))
+    best = min(_mean(lambda: torch.mm(a, b, out=out), device, 1) for _ in range(repeats))
     return 2 * n**3 / best / 1e6
 
 
@@ -134,7 +175,7 @@ def copy_bandwidth(device: torch.device, megabytes: int = 256, repeats: int = 7)
     """The best rate, in GB/s read plus written, of a copy too large for the caches."""
     a = torch.zeros(megabytes << 18, device=device)
     b = torch.ones_like(a)
-    best = min(_once(lambda: b.copy_(a), device) for _ in range(repeats))
+    best = min(_mean(lambda: b.copy_(a), device, 1) for _ in range(repeats))
     return 2 * a.nbytes / best / 1e6
 
 
