@@ -6,9 +6,9 @@
     python benchmarks/cpu_goals.py --quick         # small shapes, few rounds: shows only that it runs
 
 What is compared takes turns in one process and is compared by medians; torch.mm(2048), the yardstick of
-arithmetic, takes its turn too. An untimed call before each timed one brings back into the caches what the
-others drove out, as the layer before would leave it. The record (--output) can be read by compare.py; the
-table lies beside it, in Markdown.
+arithmetic, takes its turn too. A turn is a visit of many calls, the first of them untimed: they bring back
+what the others drove out of the caches (see flatten_ext/bench/timing.py). The record (--output) can be read
+by compare.py; the table lies beside it, in Markdown.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import long_maps
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -32,7 +33,7 @@ from flatten_ext.bench import stages, tables, timing
 from flatten_ext.bench.check import CheckFailed, check_focused, relative_error
 from flatten_ext.bench.formulas import Inputs, eager_attention, make_inputs
 from flatten_ext.bench.shapes import QUICK_STAGES, STAGES, Shape, token_ladder
-from flatten_ext.bench.stages import MODES, Measurement, modes_of
+from flatten_ext.bench.stages import MODES, Measurement, call_of, modes_of
 from flatten_ext.output import write_json, write_text
 
 CPU = torch.device("cpu")
@@ -74,7 +75,7 @@ class Plan:
 
     stages: tuple[Shape, ...]
     long_map: Shape
-    ladder: list[Shape]
+    ladder: tuple[int, int, int]  # of token_ladder: first, last, step
     seconds: float
     compiled: bool
     clock: str
@@ -83,21 +84,15 @@ class Plan:
     @classmethod
     def make(cls, quick: bool, seconds: float, compiled: bool, clock: str) -> Plan:
         if quick:
-            return cls(QUICK_STAGES, token_ladder(8, 8)[0], token_ladder(6, 8), 0.01, False, clock, 256)
-        return cls(STAGES, token_ladder(16, 16)[0], token_ladder(10, 20, 2), seconds, compiled, clock, 2048)
+            return cls(QUICK_STAGES, token_ladder(8, 8)[0], (6, 8, 1), 0.01, False, clock, 256)
+        return cls(STAGES, token_ladder(16, 16)[0], (10, 20, 2), seconds, compiled, clock, 2048)
 
 
-def time_warm(
-    calls: Mapping[str, Callable[[], object]], plan: Plan, rounds: int = 40, at_least: int = 5
+def on_one_thread(
+    calls: Mapping[str, Callable[[], object]], plan: Plan, at_least: int = 5
 ) -> dict[str, timing.Timing]:
-    """One thread, in turn, every timed call behind one that is not."""
     with timing.threads(1):
-        return timing.in_turn(calls, CPU, plan.seconds, rounds, at_least, prepare=lambda name: calls[name]())
-
-
-def call_of(op: Callable[..., Tensor], inputs: Inputs, shape: Shape) -> Callable[[], Tensor]:
-    q, k, v, scale, key_bias, weight, bias = inputs.tensors
-    return lambda: op(q, k, v, shape.heads, scale, key_bias, weight, bias, shape.size)
+        return timing.in_turn(calls, CPU, plan.seconds, at_least=at_least)
 
 
 def in_half(inputs: Inputs, dtype: torch.dtype) -> Inputs:
@@ -164,7 +159,7 @@ def time_row(shape: Shape, plan: Plan, others: Iterable[str]) -> Row:
         half = in_half(inputs, dtype)
         calls[name] = modes_of(call_of(attention, half, shape), half.tensors, half.grad_out)
     by_mode = {mode: {name: modes[mode] for name, modes in calls.items()} for mode in MODES}
-    return Row(shape, {mode: time_warm(by_mode[mode], plan) for mode in MODES})
+    return Row(shape, {mode: on_one_thread(by_mode[mode], plan) for mode in MODES})
 
 
 def least_share(mode: str, tokens: int) -> int:
@@ -201,26 +196,31 @@ def stage_goals(rows: Sequence[Row], plan: Plan) -> list[Goal]:
 
 # ---------------------------------------------------------------------------- goal 5: two threads
 def thread_goals(plan: Plan) -> tuple[list[Goal], list[Measurement]]:
-    """One thread to two, in turn; before each timed call an untimed one wakes the threads."""
+    """One thread to two; all shapes take turns, so that a burst of a neighbour's work is not one shape's."""
     shapes = [*plan.stages, plan.long_map]
     shapes += [replace(s, name=f"{s.name}, B=1", batch=1) for s in plan.stages if s.tokens >= 784]
-    ratios: dict[tuple[str, int], list[tuple[float, str]]] = {}
-    found = []
+    calls: dict[str, Callable[[], object]] = {}
+    counts: dict[str, int] = {}
     for shape in shapes:
         inputs = make_inputs(shape, CPU)
         modes = modes_of(call_of(attention, inputs, shape), inputs.tensors, inputs.grad_out)
-        for mode, call in modes.items():
-
-            def prepare(name: str, call: Callable[[], object] = call) -> None:
-                torch.set_num_threads(int(name))
-                call()
-
-            with timing.threads(1):
-                times = timing.in_turn({"1": call, "2": call}, CPU, plan.seconds, prepare=prepare)
-            for name, ms in times.items():
-                found.append(Measurement("threads", shape.name, shape.tokens, "flatten", mode, int(name), ms))
-            ratio = times["1"].median / times["2"].median
-            ratios.setdefault((mode, min(shape.batch, 2)), []).append((ratio, shape.label))
+        for mode in MODES:
+            for count in (1, 2):
+                name = f"{shape.name}, {mode}, {count}"
+                calls[name], counts[name] = modes[mode], count
+    with timing.threads(1):
+        times = timing.in_turn(
+            calls, CPU, plan.seconds, prepare=lambda name: torch.set_num_threads(counts[name])
+        )
+    ratios: dict[tuple[str, int], list[tuple[float, str]]] = {}
+    found = []
+    for shape in shapes:
+        for mode in MODES:
+            one, two = (times[f"{shape.name}, {mode}, {count}"] for count in (1, 2))
+            for count, ms in enumerate((one, two), 1):
+                found.append(Measurement("threads", shape.name, shape.tokens, "flatten", mode, count, ms))
+            pair = (one.median / two.median, shape.label)
+            ratios.setdefault((mode, min(shape.batch, 2)), []).append(pair)
     # Processor time adds the threads up.
     several = (os.cpu_count() or 1) > 1 and plan.clock == "wall"
     goals = []
@@ -271,24 +271,14 @@ def nothing() -> Callable[..., Tensor] | None:
 def small_goals(plan: Plan) -> tuple[list[Goal], list[Measurement]]:
     """A small call against its floor, and the op on one token against an op that does nothing."""
 
-    def times_of(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    def times_of(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
         """Microseconds of one call."""
-
-        def many(call: Callable[[], object]) -> Callable[[], None]:
-            def run() -> None:
-                for _ in range(repeats):
-                    call()
-
-            return run
-
-        loops = {name: many(call) for name, call in calls.items()}
-        times = time_warm(loops, plan, rounds=400, at_least=20)
-        return {name: 1e3 * ms.median / repeats for name, ms in times.items()}
+        return {name: 1e3 * ms.median for name, ms in on_one_thread(calls, plan, at_least=20).items()}
 
     inputs = make_inputs(SMALL, CPU)
     check_focused("flatten", attention, inputs, SMALL)
     with torch.no_grad():
-        us = times_of({"flatten": call_of(attention, inputs, SMALL), "mm": mm_call(plan.mm_size)}, 1)
+        us = times_of({"flatten": call_of(attention, inputs, SMALL), "mm": mm_call(plan.mm_size)})
     floor = us["mm"] * SMALL.flops / (2 * plan.mm_size**3)
     note = f"2 x the floor of {floor:.0f} us + 15 us"
     goals = [Goal(6, f"no grad, B=1 {SMALL.label}", us["flatten"], "<=", 2 * floor + 15, " us", note)]
@@ -302,7 +292,7 @@ def small_goals(plan: Plan) -> tuple[list[Goal], list[Measurement]]:
     if empty is not None:
         no_grad["nothing"] = call_of(empty, plain, token)
     calls |= {name: torch.no_grad()(call) for name, call in no_grad.items()}
-    us = times_of(calls, 50)
+    us = times_of(calls)
     for name, most in {"no grad": 10, "grad": 25}.items():
         figure = us[name] - us["nothing"] if "nothing" in us else None
         what = f"overhead, {name}, one token of 8 channels"
@@ -313,57 +303,29 @@ def small_goals(plan: Plan) -> tuple[list[Goal], list[Measurement]]:
 
 # ---------------------------------------------------------------------------- goals 7 and 8: maps and memory
 def map_goals(plan: Plan) -> tuple[list[Goal], list[Measurement]]:
-    """Time per token over the ladder, all sizes in turn, on the leading tokens of one set of inputs."""
-    largest = make_inputs(plan.ladder[-1], CPU)
-    calls: dict[str, dict[str, Callable[[], object]]] = {mode: {} for mode in MODES}
-    for shape in plan.ladder:
-        n = shape.tokens
-        q, k, v, scale, key_bias, weight, bias = (t.detach() for t in largest.tensors)
-        tokens = [q[:, :n], k[:, :n], v[:, :n], scale, key_bias[:n], weight, bias]
-        given = Inputs(*(t.requires_grad_() for t in tokens), largest.grad_out[:, :n])
-        modes = modes_of(call_of(attention, given, shape), given.tensors, given.grad_out)
-        for mode in MODES:
-            calls[mode][shape.name] = modes[mode]
+    """Time per token over the ladder, of the operator and with what the system adds (see long_maps.py)."""
     goals, found = [], []
-    for mode in MODES:
-        times = time_warm(calls[mode], plan)
-        per_token = {s.name: 1e6 * times[s.name].median / s.tokens for s in plan.ladder}
-        found += [
-            Measurement("long maps", s.name, s.tokens, "flatten", mode, 1, times[s.name]) for s in plan.ladder
-        ]
-        note = "ns a token: " + ", ".join(f"{name} {ns:.0f}" for name, ns in per_token.items())
-        spread = max(per_token.values()) / min(per_token.values())
-        goals.append(Goal(7, f"{mode}, slowest token to fastest", spread, "<=", 1.2, " x", note))
-    extra = forward_memory(plan.ladder)
+    shapes = token_ladder(*plan.ladder)
+    for kept in (True, False):
+        job = (*plan.ladder, plan.seconds, plan.clock)
+        ladder = long_maps.in_process(long_maps.time_ladder, *job, environment=long_maps.KEPT if kept else {})
+        for mode, part in ladder.items():
+            times = {s: timing.Timing(**part["times"][s.name]) for s in shapes}
+            suite = "long maps, memory kept" if kept else "long maps"
+            found += [Measurement(suite, s.name, s.tokens, "flatten", mode, 1, ms) for s, ms in times.items()]
+            per_token = {s.name: 1e6 * ms.median / s.tokens for s, ms in times.items()}
+            spread = max(per_token.values()) / min(per_token.values())
+            if kept:
+                what = f"{mode}, slowest token to fastest"
+                note = f"memory kept by malloc, {part['faults']} page faults at {shapes[-1].name}"
+            else:
+                what = f"{mode}, the same with pages fresh from the system"
+                note = f"zeroing them takes {part['zeroing']:.0f} ns a token"
+            note += "; ns a token: " + ", ".join(f"{name} {ns:.0f}" for name, ns in per_token.items())
+            goals.append(Goal(7, what, spread, "<=", 1.2, " x", note))
+    extra = long_maps.in_process(long_maps.forward_memory, *plan.ladder)
     goals.append(Goal(7, "memory beside inputs and output", extra / 2**20, "<=", 1, " MiB", "resident"))
     return goals, found
-
-
-MEMORY = """
-import resource, sys, torch, flatten_ext
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-torch.set_num_threads(1)
-weight, scale, most = torch.ones(32, 1, 5, 5), torch.ones(64), 0
-for size in {sizes}:
-    q, k, v = (torch.ones(1, size[0] * size[1], 64) for _ in range(3))
-    if size == {sizes}[0]:  # what the first call of a process sets up
-        flatten_ext.attention(q, k, v, 2, scale, None, weight, None, size)
-    before = peak()
-    out = flatten_ext.attention(q, k, v, 2, scale, None, weight, None, size)
-    most = max(most, peak() - before - out.nbytes)
-    del q, k, v, out
-print(most)
-"""
-
-
-def forward_memory(ladder: Sequence[Shape]) -> int:
-    """The most bytes by which a fresh process grows in a forward call, beyond its output."""
-    code = MEMORY.format(sizes=[list(shape.size) for shape in ladder])
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    return int(done.stdout)
 
 
 def saved_bytes(op: Callable[..., Tensor], inputs: Inputs, shape: Shape) -> int:

@@ -159,7 +159,8 @@ def test_turns_rotate_and_slow_calls_run_once(monkeypatch):
 
 def test_a_visit_lasts_as_long_whatever_a_call_takes(monkeypatch):
     clock = FakeClock(monkeypatch)
-    calls = {"fast": clock.call("fast", 1), "slow": clock.call("slow", 201), "other": clock.call("other", 100)}
+    calls = {"fast": clock.call("fast", 1), "slow": clock.call("slow", 201)}
+    calls["other"] = clock.call("other", 100)
     timing.in_turn(calls, CPU, seconds=1, rounds=2)
     per_visit = {"fast": 10 + 30, "slow": 1, "other": 1 + 1}
     order = ["fast", "slow", "other", "slow", "other", "fast"]
@@ -305,6 +306,24 @@ def test_goals_are_measured_and_judged(tmp_path, monkeypatch, capsys):
     timed = Results.read(output)
     assert set(timed.contenders("stages")) >= {"mm", "flatten", "flatten bf16", "eager", "softmax"}
     assert timed.thread_counts("threads") == [1, 2]
+    for suite in ("long maps", "long maps, memory kept"):
+        assert timed.shapes(suite) == ["2^6", "2^7", "2^8"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+def test_memory_is_kept_where_long_maps_ask_for_it(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    long_maps = importlib.import_module("long_maps")
+
+    def measured(environment):
+        job = (18, 18, 1, 0.01, "wall")
+        return long_maps.in_process(long_maps.time_ladder, *job, environment=environment)
+
+    kept, fresh = measured(long_maps.KEPT), measured({})
+    for mode in stages.MODES:
+        assert kept[mode]["faults"] < 30 <= fresh[mode]["faults"]  # one or more for every 2 of 64 MiB
+        assert list(kept[mode]["times"]) == ["2^18"]
+        assert 0 < fresh[mode]["zeroing"] < 1000
 
 
 def test_saved_bytes_are_those_of_what_is_kept(monkeypatch):
