@@ -23,10 +23,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import long_maps
 import torch
+from long_maps import forward_memory, time_ladder
+from own_process import KEPT, in_process
 from rich.console import Console
 from torch import Tensor
+from two_threads import time_threads
 
 from flatten_ext import attention, reference
 from flatten_ext.bench import stages, tables, timing
@@ -196,39 +198,33 @@ def stage_goals(rows: Sequence[Row], plan: Plan) -> list[Goal]:
 
 # ---------------------------------------------------------------------------- goal 5: two threads
 def thread_goals(plan: Plan) -> tuple[list[Goal], list[Measurement]]:
-    """One thread to two; all shapes take turns, so that a burst of a neighbour's work is not one shape's."""
+    """One thread to two, beside what a second thread is worth to torch.mm meanwhile."""
     shapes = [*plan.stages, plan.long_map]
     shapes += [replace(s, name=f"{s.name}, B=1", batch=1) for s in plan.stages if s.tokens >= 784]
-    calls: dict[str, Callable[[], object]] = {}
-    counts: dict[str, int] = {}
-    for shape in shapes:
-        inputs = make_inputs(shape, CPU)
-        modes = modes_of(call_of(attention, inputs, shape), inputs.tensors, inputs.grad_out)
-        for mode in MODES:
-            for count in (1, 2):
-                name = f"{shape.name}, {mode}, {count}"
-                calls[name], counts[name] = modes[mode], count
-    with timing.threads(1):
-        times = timing.in_turn(
-            calls, CPU, plan.seconds, prepare=lambda name: torch.set_num_threads(counts[name])
-        )
+    job = ([asdict(shape) for shape in shapes], plan.seconds, plan.clock, plan.mm_size)
+    times = {
+        name: [timing.Timing(**ms) for ms in pair]
+        for name, pair in in_process(time_threads, *job, environment=KEPT).items()
+    }
     ratios: dict[tuple[str, int], list[tuple[float, str]]] = {}
     found = []
     for shape in shapes:
         for mode in MODES:
-            one, two = (times[f"{shape.name}, {mode}, {count}"] for count in (1, 2))
+            one, two = times[f"{shape.name}, {mode}"]
             for count, ms in enumerate((one, two), 1):
                 found.append(Measurement("threads", shape.name, shape.tokens, "flatten", mode, count, ms))
             pair = (one.median / two.median, shape.label)
             ratios.setdefault((mode, min(shape.batch, 2)), []).append(pair)
     # Processor time adds the threads up.
     several = (os.cpu_count() or 1) > 1 and plan.clock == "wall"
+    yardstick = times["mm"][0].median / times["mm"][1].median
     goals = []
     for (mode, batch), pairs in ratios.items():
         worst, label = min(pairs)
         what = f"{mode}, two threads to one, " + ("B = 1" if batch == 1 else "several images")
         figure = worst if several else None
-        goals.append(Goal(5, what, figure, ">=", 1.7 if batch == 1 else 1.8, " x", label))
+        note = f"{label}; torch.mm {yardstick:.2f} x"
+        goals.append(Goal(5, what, figure, ">=", 1.7 if batch == 1 else 1.8, " x", note))
     return goals, found
 
 
@@ -308,7 +304,7 @@ def map_goals(plan: Plan) -> tuple[list[Goal], list[Measurement]]:
     shapes = token_ladder(*plan.ladder)
     for kept in (True, False):
         job = (*plan.ladder, plan.seconds, plan.clock)
-        ladder = long_maps.in_process(long_maps.time_ladder, *job, environment=long_maps.KEPT if kept else {})
+        ladder = in_process(time_ladder, *job, environment=KEPT if kept else {})
         for mode, part in ladder.items():
             times = {s: timing.Timing(**part["times"][s.name]) for s in shapes}
             suite = "long maps, memory kept" if kept else "long maps"
@@ -323,7 +319,7 @@ def map_goals(plan: Plan) -> tuple[list[Goal], list[Measurement]]:
                 note = f"zeroing them takes {part['zeroing']:.0f} ns a token"
             note += "; ns a token: " + ", ".join(f"{name} {ns:.0f}" for name, ns in per_token.items())
             goals.append(Goal(7, what, spread, "<=", 1.2, " x", note))
-    extra = long_maps.in_process(long_maps.forward_memory, *plan.ladder)
+    extra = in_process(forward_memory, *plan.ladder)
     goals.append(Goal(7, "memory beside inputs and output", extra / 2**20, "<=", 1, " MiB", "resident"))
     return goals, found
 
@@ -347,7 +343,7 @@ def saved_bytes(op: Callable[..., Tensor], inputs: Inputs, shape: Shape) -> int:
 def saved_goals(plan: Plan) -> tuple[list[Goal], list[Measurement]]:
     goals = []
     for shape in [*plan.stages, plan.long_map]:
-        inputs = make_inputs(replace(shape, batch=1), CPU)
+        inputs = make_inputs(shape, CPU)
         tensor = inputs.q.nbytes
         extra = saved_bytes(attention, inputs, shape) / (3 * tensor)
         eager = saved_bytes(eager_attention, inputs, shape) / tensor

@@ -1,21 +1,16 @@
 """What goal 7 of cpu_goals.py measures: the time per token of ever longer maps, and their calls' memory.
 
-What the C library's malloc has kept from earlier calls decides both, so each is measured in a process of its
-own. glibc maps blocks above 32 MiB afresh from the system for every call, which zeroes their pages: as much a
-part of a call's time as its arithmetic, but none of the operator's. So the times are taken twice, once with
-memory that malloc keeps (`KEPT`). Another malloc ignores those settings, and both times are the same.
+What malloc has kept from earlier calls decides both, so each is measured in a process of its own, and the
+times twice: with memory that malloc keeps and with what the system gives (see own_process.py).
 """
 
 from __future__ import annotations
 
-import json
 import mmap
-import os
 import resource
 import statistics
-import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -27,28 +22,9 @@ from flatten_ext.bench.formulas import Inputs, make_inputs
 from flatten_ext.bench.shapes import token_ladder
 from flatten_ext.bench.stages import MODES, call_of, modes_of
 
-__all__ = ["KEPT", "forward_memory", "in_process", "time_ladder"]
+__all__ = ["forward_memory", "time_ladder"]
 
 CPU = torch.device("cpu")
-
-# glibc reads these when a process starts: every block comes from the heap, and the heap gives nothing back.
-KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-
-
-def in_process(
-    function: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] | None = None
-) -> Any:
-    """What a function of this module returns in a new process; arguments and result pass as JSON."""
-    call = f"long_maps.{function.__name__}(*json.loads(sys.argv[1]))"
-    code = f"import json, long_maps, sys; print(json.dumps({call}))"
-    done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(arguments)],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **(environment or {})},
-    )
-    return json.loads(done.stdout)
 
 
 def time_ladder(first: int, last: int, step: int, seconds: float, clock: str) -> dict[str, Any]:

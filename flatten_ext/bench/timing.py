@@ -38,7 +38,7 @@ __all__ = [
 UNTIMED_SECONDS = 0.01
 TIMED_SECONDS = 0.03
 # A call longer than this, in milliseconds, gets no untimed one: nothing of it would be left in the caches.
-LONG_CALL_MS = 200
+LONG_CALL_MS = 100
 
 
 @dataclass(frozen=True)
