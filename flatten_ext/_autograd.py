@@ -82,9 +82,10 @@ def _saved_windows(q: Tensor, k: Tensor, num_heads: int, window: Sequence[int] |
     keys = k.shape[1] if window is None else window[0] * window[1]
     budget = 3 * keys * q.element_size()
     each = _STATE_SHARE * (head_dim + 1) * max(q.element_size(), 4)
+    least = min if type(windows * keys * head_dim) is int else torch.sym_min  # min would ask
     if q.device.type == "cuda":
-        return windows * torch.sym_min(1, budget // each)
-    return torch.sym_min(windows, windows * budget // each) * torch.sym_min(1, keys // head_dim)
+        return windows * least(1, budget // each)
+    return least(windows, windows * budget // each) * least(1, keys // head_dim)
 
 
 def _attention_reference(tensors: Sequence[Any], options: tuple) -> Tensor:

@@ -160,7 +160,7 @@ def test_turns_rotate_and_slow_calls_run_once(monkeypatch):
 def test_a_visit_lasts_as_long_whatever_a_call_takes(monkeypatch):
     clock = FakeClock(monkeypatch)
     calls = {"fast": clock.call("fast", 1), "slow": clock.call("slow", 101)}
-    calls["other"] = clock.call("other", 100)
+    calls["other"] = clock.call("other", 60)
     timing.in_turn(calls, CPU, seconds=1, rounds=2)
     per_visit = {"fast": 10 + 30, "slow": 1, "other": 1 + 1}
     order = ["fast", "slow", "other", "slow", "other", "fast"]
