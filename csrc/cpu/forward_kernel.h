@@ -32,10 +32,7 @@ class ForwardKernel : AttentionKernel<X> {
       const i64 end = schedule.begin(schedule.whole, slot + 1);
       for (i64 pair = schedule.begin(schedule.whole, slot); pair < end; ++pair) {
         if (by_scores_) {
-          Block keys;
-          Base::first_block(keys_, pair, keys);
-          Base::score_keys(keys, scratch.focus, scratch.scores);
-          scratch.values_of_window = rows_of<X>(in_.value, keys);
+          scratch.values_of_window = Base::score_keys(pair, scratch.focus, scratch.scores);
         } else {
           clear(scratch.sums);
           Base::sum_keys(pair, 0, keys_.tokens(), scratch.focus, scratch.features, scratch.values,

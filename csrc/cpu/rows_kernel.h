@@ -181,9 +181,16 @@ FLATTEN_INLINE void store_parameter(const MutableParameter& p, i64 index, Vec<T>
   with_elements<T>(p, [&](auto* elements) { store_at_most(elements + index, x, count); });
 }
 
+FLATTEN_INLINE void store_value(float* p, float value) { *p = value; }
+FLATTEN_INLINE void store_value(double* p, double value) { *p = value; }
+template <class X>
+FLATTEN_INLINE void store_value(X* p, float value) {
+  store_partial(p, broadcast(value), 1);
+}
+
 template <class T>
-void write_parameter(const MutableParameter& p, i64 index, T value) {
-  store_parameter<T>(p, index, broadcast(value), 1);
+FLATTEN_INLINE void write_parameter(const MutableParameter& p, i64 index, T value) {
+  with_elements<T>(p, [&](auto* elements) { store_value(elements + index, value); });
 }
 
 }  // namespace flatten::cpu::FLATTEN_ISA
