@@ -116,12 +116,6 @@ def check_half(name: str, inputs: Inputs, shape: Shape) -> None:
             raise CheckFailed(f"{name}: error {relative_error(got, wanted):.1e} at {shape.label}")
 
 
-def mm_call(size: int) -> Callable[[], Tensor]:
-    a, b = torch.rand(2, size, size)
-    out = torch.empty(size, size)
-    return lambda: torch.mm(a, b, out=out)
-
-
 # ---------------------------------------------------------------------------- goals 1 to 4: stage shapes
 @dataclass
 class Row:
@@ -149,7 +143,7 @@ class Row:
 def time_row(shape: Shape, plan: Plan, others: Iterable[str]) -> Row:
     """Checks and times the op in three dtypes, the named others and torch.mm, with one thread."""
     inputs = make_inputs(shape, CPU)
-    calls = {"mm": dict.fromkeys(MODES, mm_call(plan.mm_size))}
+    calls = {"mm": dict.fromkeys(MODES, timing.mm_call(CPU, plan.mm_size))}
     # check_focused's bound is for gradients of parameters that sum no more tokens than this.
     checked = shape if shape.batch * shape.tokens <= 2**15 else replace(shape, size=(64, 64))
     sample = make_inputs(checked, CPU)
@@ -274,7 +268,7 @@ def small_goals(plan: Plan) -> tuple[list[Goal], list[Measurement]]:
     inputs = make_inputs(SMALL, CPU)
     check_focused("flatten", attention, inputs, SMALL)
     with torch.no_grad():
-        us = times_of({"flatten": call_of(attention, inputs, SMALL), "mm": mm_call(plan.mm_size)})
+        us = times_of({"flatten": call_of(attention, inputs, SMALL), "mm": timing.mm_call(CPU, plan.mm_size)})
     floor = us["mm"] * SMALL.flops / (2 * plan.mm_size**3)
     note = f"2 x the floor of {floor:.0f} us + 15 us"
     goals = [Goal(6, f"no grad, B=1 {SMALL.label}", us["flatten"], "<=", 2 * floor + 15, " us", note)]

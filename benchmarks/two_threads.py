@@ -39,9 +39,7 @@ def time_threads(
         inputs = make_inputs(shape, CPU)
         modes = modes_of(call_of(attention, inputs, shape), inputs.tensors, inputs.grad_out)
         calls |= {f"{shape.name}, {mode}": modes[mode] for mode in MODES}
-    a, b = torch.rand(2, mm_size, mm_size)
-    out = torch.empty(mm_size, mm_size)
-    calls["mm"] = lambda: torch.mm(a, b, out=out)
+    calls["mm"] = timing.mm_call(CPU, mm_size)
     threads = {f"{name}, {count}": count for name in calls for count in (1, 2)}
     in_turns = {name: calls[name.rpartition(", ")[0]] for name in threads}
     with timing.threads(1):

@@ -161,25 +161,13 @@ def _fake_conv(x, weight, bias, size, window=None, shift=None):
 
 
 def _fake_forward(
-    q,
-    k,
-    v,
-    num_heads,
-    scale,
-    key_bias,
-    dwc_weight,
-    dwc_bias,
-    size,
-    window,
-    shift,
-    focusing_factor,
-    eps,
-    saved,
-):
+    q, k, v, num_heads, scale, key_bias, dwc_weight, dwc_bias, size, window, shift,
+    focusing_factor, eps, saved_windows,
+):  # fmt: skip
     out = _fake_attention(
         q, k, v, num_heads, scale, key_bias, dwc_weight, dwc_bias, size, window, shift, focusing_factor, eps
     )
-    return out, q.new_empty(_state_shape(q, num_heads, saved), dtype=_accumulate_dtype(q.dtype))
+    return out, q.new_empty(_state_shape(q, num_heads, saved_windows), dtype=_accumulate_dtype(q.dtype))
 
 
 def _fake_gradients(tensors, mask) -> list[Tensor]:
@@ -244,26 +232,14 @@ def _fallback_conv(x, weight, bias, size, window=None, shift=None):
 
 
 def _fallback_forward(
-    q,
-    k,
-    v,
-    num_heads,
-    scale,
-    key_bias,
-    dwc_weight,
-    dwc_bias,
-    size,
-    window,
-    shift,
-    focusing_factor,
-    eps,
-    saved,
-):
+    q, k, v, num_heads, scale, key_bias, dwc_weight, dwc_bias, size, window, shift,
+    focusing_factor, eps, saved_windows,
+):  # fmt: skip
     options = (num_heads, size, window, shift, focusing_factor, eps)
     tensors = (q, k, v, scale, key_bias, dwc_weight, dwc_bias)
     _ops.check_attention.default(*attention_arguments(tensors, options))
     # The shape that the fake kernel promised; the fallback's backward does not read it.
-    state = _state_shape(q, num_heads, saved)
+    state = _state_shape(q, num_heads, saved_windows)
     return ATTENTION.reference(tensors, options), q.new_zeros(state, dtype=_accumulate_dtype(q.dtype))
 
 

@@ -199,12 +199,11 @@ class AttentionKernel {
   }
 
   // A state keeps S and m without padding: (saved windows, heads, dim, dim), then m, window by window.
-  i64 saved_elements() const { return (c_.dim + 1) * c_.count(); }
   /// Where a state of `saved` windows has a pair's S and m, or -1. Those it has are spread evenly, so that
   /// every slot finds as many.
   i64 saved_at(i64 pair, i64 saved) const {
     const i64 at = pair * saved / pairs();
-    return (pair + 1) * saved / pairs() > at ? at * saved_elements() : -1;
+    return (pair + 1) * saved / pairs() > at ? at * window_state_elements(geometry_) : -1;
   }
   void save_state(const Sums<T>& sums, T* state) const {
     const i64 rows = c_.heads * (c_.dim + 1);

@@ -40,10 +40,7 @@ class BackwardKernel : BackwardMemory<X> {
     shared.bias_slots = schedule.whole == 0 ? 1 : slots;
     shared.bias_in_place = shared.bias_slots == 1 && c_.dim == c_.padded &&
                            element_size(p_.grad_key_bias.dtype) == static_cast<i64>(sizeof(T));
-    Arena measure;
-    Memory::lay_out(measure, shared, slots);
-    Arena arena(shared_workspace(measure.used()));
-    Memory::lay_out(arena, shared, slots);
+    lay_out_in(shared_workspace, [&](Arena& arena) { Memory::lay_out(arena, shared, slots); });
     clear(shared.parameters, slots);
     // The gradient of key_bias may be as large as the keys, so all slots clear and sum it. That of a single
     // pair is stored, not added.
@@ -234,6 +231,7 @@ class BackwardKernel : BackwardMemory<X> {
     const T* z = by_scores_ ? scratch.scores.z : features.z;
     const T* gradients = by_scores_ ? scratch.scores.grad_keys : scratch.gradient;
     const Norms<T>& norms = by_scores_ ? scratch.scores.norms : features.norms;
+    const bool packs_values = p_.grad_weight || (needs_key_rows_ && !by_scores_);
     const T mean = 1 / static_cast<T>(geometry_.window_keys());
     T ones[kBlock], weight[kBlock];
     for (T& one : ones) one = 1;
@@ -267,7 +265,7 @@ class BackwardKernel : BackwardMemory<X> {
       const Rows<X> grad_value = rows_of<X>(p_.grad_value, block);
       T dot[kBlock] = {};
       for (i64 h = 0; h < c_.heads; ++h) {
-        if (needs_key_rows_ || p_.grad_weight) pack_head(values, block.count, h, c_, ones, scratch.packed);
+        if (packs_values) pack_head(values, block.count, h, c_, ones, scratch.packed);
         if (!by_scores_) key_products(h, block.count, weight, scratch, upcoming);
         const i64 head = h * c_.head_stride();
         if (needs_key_rows_) add_dots(z + head, gradients + head, block.count, dot);

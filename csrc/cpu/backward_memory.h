@@ -104,10 +104,7 @@ class BackwardMemory : protected AttentionKernel<X> {
 
   Scratch make_scratch(const Shared& shared, int slot) const {
     Scratch s;
-    Arena measure;
-    lay_out(measure, s);
-    Arena arena(thread_workspace(measure.used()));
-    lay_out(arena, s);
+    lay_out_in(thread_workspace, [&](Arena& arena) { lay_out(arena, s); });
     s.focus = Base::focus_parameters(s.inverse_scale);
     const i64 bias_slot = shared.bias_slots == 1 ? 0 : slot;
     clear(s.chain, 1);

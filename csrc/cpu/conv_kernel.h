@@ -34,12 +34,11 @@ class ConvKernel {
   void backward(const ConvBackward& p, const Parallel& parallel) const {
     const Schedule plan = schedule(parallel);
     const i64 weights = shape_.weight_elements();
-    Arena measure;
-    measure.take<T>(plan.slots * weights);
-    measure.take<T>(plan.slots * c_.padded_count());
-    Arena arena(shared_workspace(measure.used()));
-    T* weight_sums = arena.take<T>(plan.slots * weights);
-    T* bias_sums = arena.take<T>(plan.slots * c_.padded_count());
+    T *weight_sums, *bias_sums;
+    lay_out_in(shared_workspace, [&](Arena& arena) {
+      weight_sums = arena.take<T>(plan.slots * weights);
+      bias_sums = arena.take<T>(plan.slots * c_.padded_count());
+    });
     set_zero(weight_sums, plan.slots * weights);
     set_zero(bias_sums, plan.slots * c_.padded_count());
     T ones[kBlock];
@@ -111,10 +110,7 @@ class ConvKernel {
     auto slot_tiles = [&](int slot) {
       Work work;
       work.slot = slot;
-      Arena measure;
-      lay_out(measure, work);
-      Arena arena(thread_workspace(measure.used()));
-      lay_out(arena, work);
+      lay_out_in(thread_workspace, [&](Arena& arena) { lay_out(arena, work); });
       fill_weights(in_.taps, shape_, transposed, work.weights);
       fill_tap_bias(transposed ? Taps{} : in_.taps, c_, work.bias);
       set_zero(work.zeros, c_.head_stride());

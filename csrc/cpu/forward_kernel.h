@@ -37,8 +37,8 @@ class ForwardKernel : AttentionKernel<X> {
           clear(scratch.sums);
           Base::sum_keys(pair, 0, keys_.tokens(), scratch.focus, scratch.features, scratch.values,
                          scratch.sums);
+          save_state(pair, scratch.sums);
         }
-        save_state(pair, scratch.sums);
         attend(pair, 0, tiling_.count(), scratch);
       }
     };
@@ -95,10 +95,7 @@ class ForwardKernel : AttentionKernel<X> {
 
   Scratch make_scratch() const {
     Scratch s;
-    Arena measure;
-    lay_out(measure, s);
-    Arena arena(thread_workspace(measure.used()));
-    lay_out(arena, s);
+    lay_out_in(thread_workspace, [&](Arena& arena) { lay_out(arena, s); });
     s.focus = Base::focus_parameters(s.inverse_scale);
     if (by_scores_) s.scores.clear();
     return s;

@@ -55,6 +55,15 @@ class Arena {
   std::size_t used_ = 0;
 };
 
+/// lay_out(arena) twice: to measure what it takes, then in that much of a workspace.
+template <class LayOut>
+void lay_out_in(void* (*workspace)(std::size_t bytes), const LayOut& lay_out) {
+  Arena measure;
+  lay_out(measure);
+  Arena arena(workspace(measure.used()));
+  lay_out(arena);
+}
+
 /// Some tokens of one window: their rows in the (batch, token, channel) tensors, and their positions in the
 /// window, which are rows of key_bias.
 struct Block {

@@ -25,6 +25,7 @@ __all__ = [
     "Timing",
     "copy_bandwidth",
     "in_turn",
+    "mm_call",
     "mm_rate",
     "peak_memory",
     "settle_allocator",
@@ -163,11 +164,18 @@ def in_turn(
     return timings
 
 
-def mm_rate(device: torch.device, n: int = 2048, repeats: int = 5) -> float:
-    """The best rate, in GFLOP/s, of a float32 torch.mm of n x n matrices: the yardstick for arithmetic."""
+def mm_call(device: torch.device, n: int = 2048) -> Callable[[], torch.Tensor]:
+    """A float32 torch.mm of n x n matrices into memory of its own."""
     a, b = torch.rand(2, n, n, device=device)
-    out = torch.mm(a, b)
-    best = min(_mean(lambda: torch.mm(a, b, out=out), device, 1) for _ in range(repeats))
+    out = torch.empty(n, n, device=device)
+    return lambda: torch.mm(a, b, out=out)
+
+
+def mm_rate(device: torch.device, n: int = 2048, repeats: int = 5) -> float:
+    """The best rate, in GFLOP/s, of mm_call: the yardstick for arithmetic."""
+    call = mm_call(device, n)
+    call()
+    best = min(_mean(call, device, 1) for _ in range(repeats))
     return 2 * n**3 / best / 1e6
 
 
