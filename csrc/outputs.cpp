@@ -44,6 +44,7 @@ class Gradients {
       throw std::runtime_error("flatten." + op_ + ": output_mask has " + std::to_string(mask.size()) +
                                " entries, expected " + std::to_string(expected));
     }
+    tensors_.reserve(expected);
   }
 
   void tokens(const Tensor& input, Dtype dtype, MutableTokens& out) {
@@ -62,9 +63,8 @@ class Gradients {
 
  private:
   const Tensor& add(const Tensor& input, Dtype dtype) {
-    Sizes sizes(input.dim());
-    for (std::size_t i = 0; i < sizes.size(); ++i) sizes[i] = input.size(static_cast<std::int64_t>(i));
-    tensors_.push_back(empty_on_device_of(input, sizes, dtype));
+    const auto sizes = input.sizes();
+    tensors_.push_back(empty_on_device_of(input, Sizes(sizes.begin(), sizes.end()), dtype));
     if (zero_) torch::stable::zero_(tensors_.back());
     return tensors_.back();
   }

@@ -12,7 +12,7 @@ the reference runs: its operations carry tangents, a kernel would drop them sile
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,7 +135,8 @@ class _Forward(_SingleLevelFunction):
         if grad_out is None:
             return None, None, None, *(None for _ in mask)
         state, *tensors = ctx.saved_tensors
-        gradients = iter(ctx.family.backward(grad_out, tensors, ctx.options, state, list(mask)))
+        with nullcontext() if _may_record() else _below_autograd():
+            gradients = iter(ctx.family.backward(grad_out, tensors, ctx.options, state, list(mask)))
         return None, None, None, *(next(gradients) if wanted else None for wanted in mask)
 
 
@@ -208,6 +209,11 @@ def _this_level_off() -> AbstractContextManager:
     levels_below.enter_context(_below_autograd())
     levels_below.enter_context(torch.enable_grad())
     return levels_below
+
+
+def _may_record() -> bool:
+    """Whether a derivative of what runs now may be asked for, in any mode."""
+    return torch.is_grad_enabled() or _in_forward_mode() or torch._C._are_functorch_transforms_active()
 
 
 def _in_forward_mode() -> bool:

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import _load as _load  # registers torch.ops.flatten
+
 __all__ = ["attention", "depthwise_conv", "linear_attention"]
+
+# The overloads themselves: a call of torch.ops.flatten.attention first finds out which is meant.
+_attention = torch.ops.flatten.attention.default
+_linear_attention = torch.ops.flatten.linear_attention.default
+_depthwise_conv = torch.ops.flatten.depthwise_conv.default
 
 
 def attention(
@@ -57,7 +64,7 @@ def attention(
         RuntimeError: naming the argument, what was expected and what came, before anything is computed. The
             values of `scale` are checked on the CPU only.
     """
-    return torch.ops.flatten.attention(
+    return _attention(
         q, k, v, num_heads, scale, key_bias, dwc_weight, dwc_bias, size, window, shift, focusing_factor, eps
     )
 
@@ -79,9 +86,7 @@ def linear_attention(
     Any other mapping (ELU + 1, exp, a learned one) runs on the same kernels. Arguments, shapes, dtypes and
     errors as in `attention`.
     """
-    return torch.ops.flatten.linear_attention(
-        q, k, v, num_heads, dwc_weight, dwc_bias, size, window, shift, eps
-    )
+    return _linear_attention(q, k, v, num_heads, dwc_weight, dwc_bias, size, window, shift, eps)
 
 
 def depthwise_conv(
@@ -103,4 +108,4 @@ def depthwise_conv(
     Returns:
         (B, P + H*W, C) in x's dtype.
     """
-    return torch.ops.flatten.depthwise_conv(x, weight, bias, size, window, shift)
+    return _depthwise_conv(x, weight, bias, size, window, shift)

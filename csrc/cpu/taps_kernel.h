@@ -42,12 +42,17 @@ template <class T>
 void fill_weights(const Taps& taps, const TapsShape<T>& shape, bool flipped, T* weights) {
   const Channels c = shape.channels;
   const i64 area = shape.area();
-  set_zero(weights, shape.weight_elements());
   with_elements<T>(taps.weight, [&](const auto* from) {
     for (i64 h = 0; h < shape.weight_heads; ++h) {
-      for (i64 d = 0; d < c.dim; ++d, from += area) {
-        T* to = weights + shape.weight_vector(h, d / kLanes<T> * kLanes<T>) + d % kLanes<T>;
-        for (i64 k = 0; k < area; ++k) to[(flipped ? area - 1 - k : k) * kLanes<T>] = value_at(from + k);
+      for (i64 d = 0; d < c.dim; d += kLanes<T>) {
+        T* to = weights + shape.weight_vector(h, d);
+        const int count = static_cast<int>(smaller(kLanes<T>, c.dim - d));
+        for (i64 k = 0; k < area; ++k) {
+          Vec<T> w = {};
+          for (int i = 0; i < count; ++i) w[i] = value_at(from + i * area + k);
+          store(to + (flipped ? area - 1 - k : k) * kLanes<T>, w);
+        }
+        from += count * area;
       }
     }
   });
@@ -376,18 +381,19 @@ void write_taps_gradients(const TapsShape<T>& shape, const T* weight_sums, const
   const Channels c = shape.channels;
   const i64 heads = shape.weight_heads, area = shape.area();
   if (grad_weight) {
-    for (i64 h = 0; h < heads; ++h) {
-      for (i64 d = 0; d < c.dim; ++d) {
-        const i64 from = shape.weight_vector(h, d / kLanes<T> * kLanes<T>) + d % kLanes<T>;
-        for (i64 k = 0; k < area; ++k) {
-          T total = 0;
-          for (int s = 0; s < slots; ++s) {
-            total += weight_sums[s * shape.weight_elements() + from + (area - 1 - k) * kLanes<T>];
+    with_elements<T>(grad_weight, [&](auto* to) {
+      for (i64 h = 0; h < heads; ++h) {
+        for (i64 d = 0; d < c.dim; d += kLanes<T>) {
+          const int count = static_cast<int>(smaller(kLanes<T>, c.dim - d));
+          for (i64 k = 0; k < area; ++k) {
+            const T* from = weight_sums + shape.weight_vector(h, d) + (area - 1 - k) * kLanes<T>;
+            Vec<T> total = load(from);
+            for (int s = 1; s < slots; ++s) total = total + load(from + s * shape.weight_elements());
+            for (int i = 0; i < count; ++i) store_value(to + (h * c.dim + d + i) * area + k, total[i]);
           }
-          write_parameter(grad_weight, (h * c.dim + d) * area + k, total);
         }
       }
-    }
+    });
   }
   if (grad_bias) {
     for (i64 h = 0; h < heads; ++h) {
