@@ -26,33 +26,40 @@ struct Features {
   Sums<T> chain;  // see AttentionKernel::in_chains
 };
 
-/// sum += the rows of one head of a block, weighted: four vectors at a time, to hide the latency of a sum.
+/// sum += the rows of one head of a block, weighted: four vectors at a time, of two rows where a row has fewer,
+/// to hide the latency of a sum.
 template <class T>
 void add_weighted_rows(const T* rows, const T* weight, int count, i64 padded, T* sum) {
-  const auto columns = [&](auto vectors, i64 d) {
-    constexpr int kV = decltype(vectors)::value;
-    Vec<T> acc[kV];
-    for (int v = 0; v < kV; ++v) acc[v] = load(sum + d + v * kLanes<T>);
-    for (int t = 0; t < count; ++t) {
+  const auto columns = [&](auto vectors, auto chains, i64 d) FLATTEN_INLINED {
+    constexpr int kV = vectors, kChains = chains;
+    Vec<T> acc[kChains][kV] = {};
+    const auto add = [&](int t, auto chain) FLATTEN_INLINED {
       const Vec<T> w = broadcast(weight[t]);
-      for (int v = 0; v < kV; ++v) acc[v] = fma(load(rows + t * padded + d + v * kLanes<T>), w, acc[v]);
-    }
-    for (int v = 0; v < kV; ++v) store(sum + d + v * kLanes<T>, acc[v]);
+      unrolled<kV>([&](auto v) FLATTEN_INLINED {
+        acc[chain][v] = fma(load(rows + t * padded + d + v * kLanes<T>), w, acc[chain][v]);
+      });
+    };
+    int t = 0;
+    for (; t + kChains <= count; t += kChains)
+      unrolled<kChains>([&](auto chain) FLATTEN_INLINED { add(t + chain, chain); });
+    for (; t < count; ++t) add(t, Constant<0>{});
+    unrolled<kV>([&](auto v) FLATTEN_INLINED {
+      T* to = sum + d + v * kLanes<T>;
+      Vec<T> total = load(to);
+      unrolled<kChains>([&](auto chain) FLATTEN_INLINED { total = total + acc[chain][v]; });
+      store(to, total);
+    });
   };
   i64 d = 0;
-  for (; d + 4 * kLanes<T> <= padded; d += 4 * kLanes<T>) columns(Constant<4>{}, d);
-  for (; d + 2 * kLanes<T> <= padded; d += 2 * kLanes<T>) columns(Constant<2>{}, d);
-  if (d < padded) columns(Constant<1>{}, d);
+  for (; d + 4 * kLanes<T> <= padded; d += 4 * kLanes<T>) columns(Constant<4>{}, Constant<2>{}, d);
+  for (; d + 2 * kLanes<T> <= padded; d += 2 * kLanes<T>) columns(Constant<2>{}, Constant<4>{}, d);
+  if (d < padded) columns(Constant<1>{}, Constant<4>{}, d);
 }
 
 /// dots[t] = rows[t] . m
 template <class T>
 void row_dots(const T* rows, const T* m, int count, i64 padded, T* dots) {
-  for (int t = 0; t < count; ++t, rows += padded) {
-    Vec<T> dot = load(rows) * load(m);
-    for (i64 d = kLanes<T>; d < padded; d += kLanes<T>) dot = fma(load(rows + d), load(m + d), dot);
-    dots[t] = sum(dot);
-  }
+  sum_rows<T>(count, dots, [&](int t) FLATTEN_INLINED { return dot_lanes(rows + t * padded, m, padded); });
 }
 
 template <class X>

@@ -215,10 +215,11 @@ class BackwardKernel : BackwardMemory<X> {
   /// w += b m with b = -a (z . w), for the rows of one head of a block. The row's sum of z times the result
   /// is b eps / factor, which needs no difference of large numbers.
   void quotient_rule(int count, const T* a, const T* z, const T* m, T* w, T* b) const {
-    for (int t = 0; t < count; ++t, z += c_.padded, w += c_.padded) {
-      Vec<T> zw = {};
-      for (i64 d = 0; d < c_.padded; d += kLanes<T>) zw = fma(load(z + d), load(w + d), zw);
-      b[t] = -a[t] * sum(zw);
+    sum_rows<T>(count, b, [&](int t) FLATTEN_INLINED {
+      return dot_lanes(z + t * c_.padded, w + t * c_.padded, c_.padded);
+    });
+    for (int t = 0; t < count; ++t, w += c_.padded) {
+      b[t] *= -a[t];
       const Vec<T> bt = broadcast(b[t]);
       for (i64 d = 0; d < c_.padded; d += kLanes<T>) store(w + d, fma(load(m + d), bt, load(w + d)));
     }
@@ -308,11 +309,11 @@ class BackwardKernel : BackwardMemory<X> {
 
   /// dot[t] += z[t] . r[t]
   void add_dots(const T* z, const T* r, int count, T* dot) const {
-    for (int t = 0; t < count; ++t, r += c_.padded, z += c_.padded) {
-      Vec<T> zr = {};
-      for (i64 d = 0; d < c_.padded; d += kLanes<T>) zr = fma(load(z + d), load(r + d), zr);
-      dot[t] += sum(zr);
-    }
+    T head[kBlock];
+    sum_rows<T>(count, head, [&](int t) FLATTEN_INLINED {
+      return dot_lanes(z + t * c_.padded, r + t * c_.padded, c_.padded);
+    });
+    for (int t = 0; t < count; ++t) dot[t] += head[t];
   }
 
   /// dk of a block from r = factor dK.

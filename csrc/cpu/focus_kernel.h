@@ -96,7 +96,8 @@ __attribute__((noinline)) void focus_row_safely(const X* x, const B* bias, int t
   for (i64 h = 0; h < c.heads; ++h) {
     for (i64 d = 0; d < c.padded; d += kLanes<T>) {
       const Vec<T> xv = load_input<false>(x, bias, h * c.dim + d, c.dim - d);
-      const Vec<T> y = (relu(xv) + f.eps) * load(f.inverse_scale + h * c.padded + d);
+      const Vec<T> inverse_scale = load(f.inverse_scale + h * c.padded + d);
+      const Vec<T> y = fma(relu(xv), inverse_scale, f.eps * inverse_scale);
       most = larger(y, most);
       store(z + h * c.head_stride() + d, y);
     }
@@ -133,20 +134,22 @@ FLATTEN_INLINE void focus_rows(const X* const* x, BiasRows bias, int t, T* z, Ch
     T* zh = z + h * c.head_stride() + t * c.padded;
     for (i64 d = 0; d < c.padded; d += kLanes<T>) {
       const Vec<T> inverse_scale = load(f.inverse_scale + h * c.padded + d);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
+      const Vec<T> least = f.eps * inverse_scale;
+      unrolled<R>([&](auto r) FLATTEN_INLINED {
         const Vec<T> xv = load_input<kWhole>(row[r], row_bias[r], h * c.dim + d, c.dim - d);
-        const Vec<T> y = (relu(xv) + f.eps) * inverse_scale;
+        const Vec<T> y = fma(relu(xv), inverse_scale, least);
         const Vec<T> yp = power_p<kP, T>(y, f);
         squares[r] = fma(y, y, squares[r]);
         powers[r] = fma(yp, yp, powers[r]);
         store(zh + r * c.padded + d, yp);
-      }
+      });
     }
   }
-  for (int r = 0; r < R; ++r) {
-    norms.squares[t + r] = sum(squares[r]);
-    norms.powers[t + r] = sum(powers[r]);
+  if constexpr (R == 4) {
+    sum_each(squares[0], squares[1], squares[2], squares[3], norms.squares + t);
+    sum_each(powers[0], powers[1], powers[2], powers[3], norms.powers + t);
+  } else {
+    for (int r = 0; r < R; ++r) norms.squares[t + r] = sum(squares[r]), norms.powers[t + r] = sum(powers[r]);
   }
 }
 
@@ -204,11 +207,11 @@ FLATTEN_INLINE void focus_rows_backward(const X* const* x, BiasRows bias, int t,
     for (i64 d = 0; d < c.padded; d += kLanes<T>) {
       const i64 at = h * c.padded + d, left = c.dim - d;
       const Vec<T> inverse_scale = load(f.inverse_scale + at);
+      const Vec<T> least = f.eps * inverse_scale;
       Vec<T> scale_sum = to.scale_sum ? load(to.scale_sum + at) : Vec<T>{};
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
+      unrolled<R>([&](auto r) FLATTEN_INLINED {
         const Vec<T> xv = load_input<kWhole>(row[r], row_bias[r], h * c.dim + d, left);
-        const Vec<T> y = (relu(xv) + f.eps) * inverse_scale;
+        const Vec<T> y = fma(relu(xv), inverse_scale, least);
         Vec<T> dy = load(head + r * c.padded + d);
         if constexpr (kP != 1) {
           const Vec<T> z = y * inverse_divisor[r];
@@ -219,10 +222,10 @@ FLATTEN_INLINE void focus_rows_backward(const X* const* x, BiasRows bias, int t,
         scale_sum = fma(dy, y, scale_sum);
         const Vec<T> dx = xv > 0 ? dy * inverse_scale : Vec<T>{};
         if (bias_sum[r]) store(bias_sum[r] + at, to.is_first ? dx : load(bias_sum[r] + at) + dx);
-        if (!to.dx) continue;
+        if (!to.dx) return;
         X* out = to.dx[t + r] + h * c.dim + d;
         kWhole ? store(out, dx) : store_at_most(out, dx, left);
-      }
+      });
       if (to.scale_sum) store(to.scale_sum + at, scale_sum);
     }
   }

@@ -13,13 +13,13 @@ constexpr i64 kStepsAtOnce = 8;
 template <int R, int V, class T>
 FLATTEN_INLINE void accumulate(Vec<T> (&acc)[R][V], const T* a, i64 a_row, i64 a_step, const T* b, i64 b_step,
                                i64 steps, Upcoming& upcoming) {
-  const auto step = [&] {
+  const auto step = [&]() FLATTEN_INLINED {
     Vec<T> bv[V];
-    for (int v = 0; v < V; ++v) bv[v] = load(b + v * kLanes<T>);
-    for (int r = 0; r < R; ++r) {
+    unrolled<V>([&](auto v) FLATTEN_INLINED { bv[v] = load(b + v * kLanes<T>); });
+    unrolled<R>([&](auto r) FLATTEN_INLINED {
       const Vec<T> ar = broadcast(a[r * a_row]);
-      for (int v = 0; v < V; ++v) acc[r][v] = fma(ar, bv[v], acc[r][v]);
-    }
+      unrolled<V>([&](auto v) FLATTEN_INLINED { acc[r][v] = fma(ar, bv[v], acc[r][v]); });
+    });
     a += a_step;
     b += b_step;
   };
@@ -31,34 +31,24 @@ FLATTEN_INLINE void accumulate(Vec<T> (&acc)[R][V], const T* a, i64 a_row, i64 a
   for (; steps > 0; --steps) step();
 }
 
+/// tile.run<size, V>(row, column)
+template <int V, int Most, int R = 1, class TileBody>
+FLATTEN_INLINE void run_tile(i64 size, i64 row, i64 column, const TileBody& tile, Upcoming& upcoming) {
+  if (R == Most || size == R) {
+    tile.template run<R, V>(row, column, upcoming);
+  } else if constexpr (R < Most) {
+    run_tile<V, Most, R + 1>(size, row, column, tile, upcoming);
+  }
+}
+
 /// tile.run<R, V>(first row, column) over `rows` cut into tiles of at most Most rows, as even as can be.
 template <int V, int Most, class TileBody>
 FLATTEN_INLINE void for_row_tiles(i64 rows, i64 column, const TileBody& tile, Upcoming& upcoming) {
-  static_assert(Most <= 6);
   const i64 tiles = ceil_div(rows, Most), least = rows / tiles, extra = rows % tiles;
   i64 row = 0;
   for (i64 i = 0; i < tiles; ++i) {
     const i64 size = least + (i < extra);
-    switch (size) {
-      case 1:
-        tile.template run<1, V>(row, column, upcoming);
-        break;
-      case 2:
-        tile.template run<2, V>(row, column, upcoming);
-        break;
-      case 3:
-        tile.template run<3, V>(row, column, upcoming);
-        break;
-      case 4:
-        tile.template run<4, V>(row, column, upcoming);
-        break;
-      case 5:
-        tile.template run < Most<5 ? Most : 5, V>(row, column, upcoming);
-        break;
-      default:
-        tile.template run<Most, V>(row, column, upcoming);
-        break;
-    }
+    run_tile<V, Most>(size, row, column, tile, upcoming);
     row += size;
   }
 }
@@ -79,10 +69,10 @@ FLATTEN_INLINE void for_tiles(i64 rows, i64 padded, const TileBody& tile, Upcomi
     const i64 column = padded - left * kLanes<T>, take = tile_vectors(left);
     switch (take) {
       case 1:
-        for_row_tiles<1, 6>(rows, column, tile, upcoming);
+        for_row_tiles<1, kWide ? 12 : 6>(rows, column, tile, upcoming);
         break;
       case 2:
-        for_row_tiles<2, 6>(rows, column, tile, upcoming);
+        for_row_tiles<2, kWide ? 8 : 6>(rows, column, tile, upcoming);
         break;
       case 3:
         for_row_tiles<3, kWide ? 6 : 4>(rows, column, tile, upcoming);
@@ -114,16 +104,18 @@ struct ProductTile {
   FLATTEN_INLINE void run(i64 row, i64 column, Upcoming& upcoming) const {
     const i64 n = kPadded ? kPadded : stride;
     Vec<T> acc[R][V];
-    for (int v = 0; v < V; ++v) {
+    unrolled<V>([&](auto v) FLATTEN_INLINED {
       const Vec<T> first = start ? load(start + column + v * kLanes<T>) : Vec<T>{};
-      for (int r = 0; r < R; ++r) acc[r][v] = first;
-    }
+      unrolled<R>([&](auto r) FLATTEN_INLINED { acc[r][v] = first; });
+    });
     accumulate<R, V, T>(acc, a + row * n, n, 1, b + column, n, kPadded && kSquare ? kPadded : steps,
                         upcoming);
-    for (int r = 0; r < R; ++r) {
+    unrolled<R>([&](auto r) FLATTEN_INLINED {
       const T f = factor[row + r];
-      for (int v = 0; v < V; ++v) store(out + (row + r) * n + column + v * kLanes<T>, acc[r][v] * f);
-    }
+      unrolled<V>([&](auto v) FLATTEN_INLINED {
+        store(out + (row + r) * n + column + v * kLanes<T>, acc[r][v] * f);
+      });
+    });
   }
 };
 
@@ -138,13 +130,13 @@ struct OuterTile {
     const i64 n = kPadded ? kPadded : stride;
     Vec<T> acc[R][V];
     T* s = sum + row * n + column;
-    for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < V; ++v) acc[r][v] = load(s + r * n + v * kLanes<T>);
-    }
+    unrolled<R>([&](auto r) FLATTEN_INLINED {
+      unrolled<V>([&](auto v) FLATTEN_INLINED { acc[r][v] = load(s + r * n + v * kLanes<T>); });
+    });
     accumulate<R, V, T>(acc, a + row, 1, n, b + column, n, steps, upcoming);
-    for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < V; ++v) store(s + r * n + v * kLanes<T>, acc[r][v]);
-    }
+    unrolled<R>([&](auto r) FLATTEN_INLINED {
+      unrolled<V>([&](auto v) FLATTEN_INLINED { store(s + r * n + v * kLanes<T>, acc[r][v]); });
+    });
   }
 };
 

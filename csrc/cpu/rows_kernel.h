@@ -131,6 +131,14 @@ void add_to(T* y, const T* x, i64 count) {
   for (i64 i = 0; i < count; i += kLanes<T>) store(y + i, load(y + i) + load(x + i));
 }
 
+/// What the sum of the lanes makes the dot product of two padded rows.
+template <class T>
+FLATTEN_INLINE Vec<T> dot_lanes(const T* a, const T* b, i64 padded) {
+  Vec<T> dot = load(a) * load(b);
+  for (i64 d = kLanes<T>; d < padded; d += kLanes<T>) dot = fma(load(a + d), load(b + d), dot);
+  return dot;
+}
+
 template <class X>
 FLATTEN_INLINE const X* elements_of(const Parameter& p) {
   return static_cast<const X*>(p.data);

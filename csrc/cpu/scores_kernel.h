@@ -62,7 +62,7 @@ class Scores {
   void score(i64 h, int count, const T* queries, const T* rest, T* a, Upcoming& upcoming) const {
     transpose(z + h * c_.head_stride(), transposed_, columns_, c_.dim, c_.padded);
     gemm_.partial_product(count, c_.dim, columns_, c_.padded, queries, transposed_, ones, rows, upcoming);
-    for (int t = 0; t < count; ++t) {
+    sum_rows<T>(count, a, [&](int t) FLATTEN_INLINED {
       T* row = rows + t * c_.padded;
       Vec<T> total = {};
       for (i64 j = 0; j < columns_; j += kLanes<T>) {
@@ -70,8 +70,8 @@ class Scores {
         total = total + weighted;
         store(row + j, weighted);
       }
-      a[t] = sum(total);
-    }
+      return total;
+    });
     for (int t = 0; t < count; ++t) a[t] = 1 / (a[t] + rest[t]);
   }
 
@@ -85,12 +85,12 @@ class Scores {
                      Upcoming& upcoming) const {
     transpose(values, transposed_, columns_, c_.dim, c_.padded);
     gemm_.partial_product(count, c_.dim, columns_, c_.padded, g, transposed_, ones, gradients, upcoming);
+    sum_rows<T>(count, b, [&](int t) FLATTEN_INLINED {
+      return dot_lanes(rows + t * c_.padded, gradients + t * c_.padded, columns_);
+    });
     for (int t = 0; t < count; ++t) {
-      const T* row = rows + t * c_.padded;
       T* gradient = gradients + t * c_.padded;
-      Vec<T> total = {};
-      for (i64 j = 0; j < columns_; j += kLanes<T>) total = fma(load(row + j), load(gradient + j), total);
-      b[t] = a[t] * sum(total);
+      b[t] *= a[t];
       for (i64 j = 0; j < columns_; j += kLanes<T>) {
         store(gradient + j, (load(gradient + j) - b[t]) * load(weight_ + j));
       }

@@ -181,24 +181,25 @@ FLATTEN_INLINE void convolve_outputs(const T* const* rows, i64 offset, const T* 
     const T* w = weights + dy * kernel_w * kV;
     if constexpr (kKernelW != 0) {
       Vec<T> wv[kKernelW];
-      for (int k = 0; k < kKernelW; ++k) wv[k] = load(w + k * kV);
-      for (int i = 0; i < R + kKernelW - 1; ++i) {
-        const Vec<T> v = load(in + i * kV);
-        for (int k = 0; k < kKernelW; ++k) {
-          if (i - k >= 0 && i - k < R) sums[i - k] = fma(v, wv[k], sums[i - k]);
-        }
-      }
+      unrolled<kKernelW>([&](auto k) FLATTEN_INLINED { wv[k] = load(w + k * kV); });
+      unrolled<R + kKernelW - 1>([&](auto i) FLATTEN_INLINED {
+        const Vec<T> v = in_register(load(in + i * kV));
+        unrolled<kKernelW>([&](auto k) FLATTEN_INLINED {
+          constexpr int kOutput = i - k;
+          if constexpr (kOutput >= 0 && kOutput < R) sums[kOutput] = fma(v, wv[k], sums[kOutput]);
+        });
+      });
     } else {
       for (i64 k = 0; k < kernel_w; ++k) {
         const Vec<T> wv = load(w + k * kV);
-        for (int i = 0; i < R; ++i) sums[i] = fma(load(in + (i + k) * kV), wv, sums[i]);
+        unrolled<R>([&](auto i) FLATTEN_INLINED { sums[i] = fma(load(in + (i + k) * kV), wv, sums[i]); });
       }
     }
   }
 }
 
 /// Outputs whose sums, beside a row of weights, fill the registers.
-constexpr int kMostOutputs = 8;
+constexpr int kMostOutputs = kRegisters == 32 ? 14 : 8;
 
 /// What the taps of one head are added to, and where the result goes.
 template <class X, class T>
@@ -224,13 +225,14 @@ FLATTEN_INLINE void convolve_run(const TapsRing<X, T>& ring, const T* weights, i
   for (i64 d = 0; d < padded; d += kLanes<T>) {
     const Vec<T> b = load(bias + d);
     Vec<T> sums[R];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) sums[r] = load(start + r * padded + d) + b;
+    unrolled<R>([&](auto r) FLATTEN_INLINED { sums[r] = load(start + r * padded + d) + b; });
     convolve_outputs<kKernelW, R, T>(rows, d * columns + x * kLanes<T>, weights + d * area, first, last,
                                      kernel_w, sums);
-    const i64 left = dim - d;
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) store_at_most(to[r] + d, sums[r], left);
+    if (const i64 left = dim - d; left >= kLanes<T>) {
+      unrolled<R>([&](auto r) FLATTEN_INLINED { store(to[r] + d, sums[r]); });
+    } else {
+      unrolled<R>([&](auto r) FLATTEN_INLINED { store_partial(to[r] + d, sums[r], left); });
+    }
     upcoming.step();
   }
 }
@@ -268,55 +270,72 @@ i64 convolve_steps(const Tile& tile, i64 padded) {
   return tile.height * ceil_div(tile.width, kMostOutputs) * (padded / kLanes<T>);
 }
 
+/// Tap rows whose sums, beside a few more vectors, fill the registers.
+template <int kKernelW>
+constexpr int kTapRows = kKernelW == 0 ? 1 : (kRegisters == 32 ? 27 : 15) / kKernelW;
+
 /// Gradient of tap rows [dy, dy + G) for one vector of channels: sum[g][k] += v[i][x] * rows[i + dy + g][x +
 /// k].
 template <int kKernelW, int G, class T>
 FLATTEN_INLINE void correlate_rows(const T* const* rows, i64 offset, const T* v, i64 padded, i64 dy,
                                    const Tile& tile, T* sum) {
   constexpr int kV = kLanes<T>;
+  // Of two adjacent columns at a time, where registers allow, all but one of the elements are the same.
+  constexpr int kColumns = kRegisters == 32 ? 2 : 1;
   Vec<T> acc[G][kKernelW];
   sum += dy * kKernelW * kV;
-  for (int g = 0; g < G; ++g) {
-    for (int k = 0; k < kKernelW; ++k) acc[g][k] = load(sum + (g * kKernelW + k) * kV);
-  }
+  unrolled<G>([&](auto g) FLATTEN_INLINED {
+    unrolled<kKernelW>([&](auto k) FLATTEN_INLINED { acc[g][k] = load(sum + (g * kKernelW + k) * kV); });
+  });
   for (i64 i = 0; i < tile.height; ++i) {
     const T* in[G];
-    for (int g = 0; g < G; ++g) in[g] = rows[i + dy + g] + offset;
-    for (i64 x = 0; x < tile.width; ++x, v += padded) {
-      const Vec<T> vx = load(v);
-      for (int g = 0; g < G; ++g) {
+    unrolled<G>([&](auto g) FLATTEN_INLINED { in[g] = rows[i + dy + g] + offset; });
+    const auto add = [&](auto columns) FLATTEN_INLINED {
+      constexpr int kTake = decltype(columns)::value;
+      Vec<T> vx[kTake];
+      unrolled<kTake>([&](auto x) FLATTEN_INLINED { vx[x] = load(v + x * padded); });
+      v += kTake * padded;
+      unrolled<G>([&](auto g) FLATTEN_INLINED {
         in[g] = immediate_offsets(in[g]);
-        for (int k = 0; k < kKernelW; ++k) acc[g][k] = fma(vx, load(in[g] + k * kV), acc[g][k]);
-        in[g] += kV;
-      }
-    }
+        unrolled<kTake + kKernelW - 1>([&](auto c) FLATTEN_INLINED {
+          const Vec<T> e = in_register(load(in[g] + c * kV));
+          unrolled<kTake>([&](auto x) FLATTEN_INLINED {
+            constexpr int k = c - x;
+            if constexpr (k >= 0 && k < kKernelW) acc[g][k] = fma(vx[x], e, acc[g][k]);
+          });
+        });
+        in[g] += kTake * kV;
+      });
+    };
+    i64 x = 0;
+    for (; x + kColumns <= tile.width; x += kColumns) add(Constant<kColumns>{});
+    for (; x < tile.width; ++x) add(Constant<1>{});
   }
-  for (int g = 0; g < G; ++g) {
-    for (int k = 0; k < kKernelW; ++k) store(sum + (g * kKernelW + k) * kV, acc[g][k]);
-  }
+  unrolled<G>([&](auto g) FLATTEN_INLINED {
+    unrolled<kKernelW>([&](auto k) FLATTEN_INLINED { store(sum + (g * kKernelW + k) * kV, acc[g][k]); });
+  });
+}
+
+/// correlate_rows of tap rows [dy, end), at most G at a time.
+template <int kKernelW, int G, class T>
+FLATTEN_INLINE void correlate_from(const T* const* rows, i64 offset, const T* v, i64 padded, i64 dy, i64 end,
+                                   const Tile& tile, T* sum) {
+  for (; dy + G <= end; dy += G) correlate_rows<kKernelW, G>(rows, offset, v, padded, dy, tile, sum);
+  if constexpr (G > 1) correlate_from<kKernelW, G - 1>(rows, offset, v, padded, dy, end, tile, sum);
 }
 
 /// Adds one head's part of the gradient of the (flipped) weights, in the weights' order: v holds the tile's
 /// rows of `padded` elements, the ring those of the output's gradient.
 template <int kKernelW, class X, class T>
 void correlate_head(const TapsRing<X, T>& ring, const T* v, const Tile& tile, T* sum) {
-  constexpr int kGroup = kKernelW == 0  ? 1
-                         : kKernelW > 5 ? 2
-                                        : 3;  // sums and one more vector fill 16 registers
   const TapsShape<T>& s = ring.shape();
   const i64 padded = s.channels.padded, area = s.area();
   for (i64 d = 0; d < padded; d += kLanes<T>) {
     const i64 offset = d * s.ring_columns;
     T* sums = sum + d * area;
     if constexpr (kKernelW != 0) {
-      i64 dy = 0;
-      for (; dy + kGroup <= s.kernel_h; dy += kGroup) {
-        correlate_rows<kKernelW, kGroup>(ring.rows(), offset, v + d, padded, dy, tile, sums);
-      }
-      for (; dy + 2 <= s.kernel_h; dy += 2) {
-        correlate_rows<kKernelW, 2>(ring.rows(), offset, v + d, padded, dy, tile, sums);
-      }
-      if (dy < s.kernel_h) correlate_rows<kKernelW, 1>(ring.rows(), offset, v + d, padded, dy, tile, sums);
+      correlate_from<kKernelW, kTapRows<kKernelW>>(ring.rows(), offset, v + d, padded, 0, s.kernel_h, tile,
+                                                   sums);
     } else {
       for (i64 k = 0; k < area; ++k) {
         Vec<T> acc = load(sums + k * kLanes<T>);
