@@ -26,8 +26,8 @@ struct Features {
   Sums<T> chain;  // see AttentionKernel::in_chains
 };
 
-/// sum += the rows of one head of a block, weighted: four vectors at a time, of two rows where a row has fewer,
-/// to hide the latency of a sum.
+/// sum += the rows of one head of a block, weighted: four vectors at a time, of two rows where a row has
+/// fewer, to hide the latency of a sum.
 template <class T>
 void add_weighted_rows(const T* rows, const T* weight, int count, i64 padded, T* sum) {
   const auto columns = [&](auto vectors, auto chains, i64 d) FLATTEN_INLINED {
@@ -84,7 +84,7 @@ class AttentionKernel {
   i64 window(i64 pair) const { return pair % geometry_.windows(); }
   /// The first tokens of a pair, none behind the last.
   void first_block(const Grid& grid, i64 pair, Block& block) const {
-    block.count = 0;
+    block.clear(0);
     if (pair < pairs()) grid.fill(block, image(pair), window(pair), 0, smaller(kBlock, grid.tokens()));
   }
   i64 sums_elements() const { return c_.matrices() + c_.padded_count(); }
@@ -157,21 +157,24 @@ class AttentionKernel {
   void sum_keys_chain(i64 pair, i64 begin, i64 end, const FocusParameters<T>& f, Features<T>& features,
                       T* values, const Sums<T>& sums) const {
     const T mean = 1 / static_cast<T>(geometry_.window_keys());
-    Block block, next;
+    Block blocks[2];  // the one at hand and the next, by turns
     Upcoming upcoming;
-    keys_.fill(block, image(pair), window(pair), begin, smaller(kBlock, end - begin));
-    for (i64 at = begin; at < end; at += kBlock, block = next) {
+    keys_.fill(blocks[0], image(pair), window(pair), begin, smaller(kBlock, end - begin));
+    int turn = 0;
+    for (i64 at = begin; at < end; at += kBlock, turn ^= 1) {
+      const Block& block = blocks[turn];
+      Block& next = blocks[turn ^ 1];
       map_keys(block, f, features);
       const Rows<const X> rows = rows_of<X>(in_.value, block);
       upcoming.plan(c_.heads * product_steps<T>(c_.dim, c_.padded, block.count));
       if (at + kBlock < end) {
         keys_.fill(next, image(pair), window(pair), at + kBlock, smaller(kBlock, end - at - kBlock));
-        upcoming.add(rows_of<X>(in_.key, next), next.count, c_.count());
-        upcoming.add(rows_of<X>(in_.value, next), next.count, c_.count());
+        upcoming.add<X>(in_.key, next, c_.count());
+        upcoming.add<X>(in_.value, next, c_.count());
         expect_bias(next, upcoming);
       } else {
         first_block(queries_, pair, next);
-        upcoming.add(rows_of<X>(in_.query, next), next.count, c_.count());
+        upcoming.add<X>(in_.query, next, c_.count());
       }
       T weight[kBlock];
       for (int t = 0; t < block.count; ++t) weight[t] = features.norms.factor[t] * mean;
@@ -198,11 +201,7 @@ class AttentionKernel {
   void expect_bias(const Block& block, Upcoming& upcoming) const {
     const Parameter& bias = in_.mapping.key_bias;
     if (!bias || element_size(bias.dtype) != static_cast<i64>(sizeof(X))) return;
-    Rows<const X> rows;
-    for (int t = 0; t < block.count; ++t) {
-      rows.at[t] = static_cast<const X*>(bias.data) + block.position[t] * c_.count();
-    }
-    upcoming.add(rows, block.count, c_.count());
+    upcoming.add_rows(static_cast<const X*>(bias.data), c_.count(), block.position, block, c_.count());
   }
 
   // A state keeps S and m without padding: (saved windows, heads, dim, dim), then m, window by window.

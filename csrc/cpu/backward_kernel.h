@@ -133,10 +133,13 @@ class BackwardKernel : BackwardMemory<X> {
   void query_chain(i64 pair, i64 begin, i64 end, Scratch& scratch, const Sums<T>& gradients) const {
     Features<T>& features = scratch.features;
     T rest[kBlock];
-    Block block, next;
+    Block blocks[2];  // the one at hand and the next, by turns
     Upcoming upcoming;
-    queries_.fill(block, Base::image(pair), Base::window(pair), begin, smaller(kBlock, end - begin));
-    for (i64 at = begin; at < end; at += kBlock, block = next) {
+    queries_.fill(blocks[0], Base::image(pair), Base::window(pair), begin, smaller(kBlock, end - begin));
+    int turn = 0;
+    for (i64 at = begin; at < end; at += kBlock, turn ^= 1) {
+      const Block& block = blocks[turn];
+      Block& next = blocks[turn ^ 1];
       upcoming.plan(2 * c_.heads * Base::head_steps(block.count));
       if (at + kBlock < end) {
         queries_.fill(next, block.image, Base::window(pair), at + kBlock, smaller(kBlock, end - at - kBlock));
@@ -200,15 +203,15 @@ class BackwardKernel : BackwardMemory<X> {
   }
 
   void expect_queries(const Block& block, Upcoming& upcoming) const {
-    upcoming.add(rows_of<X>(in_.query, block), block.count, c_.count());
-    upcoming.add(rows_of<X>(p_.grad_out, block), block.count, c_.count());
-    if (p_.grad_query.data) upcoming.add(rows_of<X>(p_.grad_query, block), block.count, c_.count());
+    upcoming.add<X>(in_.query, block, c_.count());
+    upcoming.add<X>(p_.grad_out, block, c_.count());
+    if (p_.grad_query.data) upcoming.add<X>(p_.grad_query, block, c_.count());
   }
   void expect_keys(const Block& block, Upcoming& upcoming) const {
-    upcoming.add(rows_of<X>(in_.key, block), block.count, c_.count());
-    upcoming.add(rows_of<X>(in_.value, block), block.count, c_.count());
-    if (p_.grad_value.data) upcoming.add(rows_of<X>(p_.grad_value, block), block.count, c_.count());
-    if (p_.grad_key.data) upcoming.add(rows_of<X>(p_.grad_key, block), block.count, c_.count());
+    upcoming.add<X>(in_.key, block, c_.count());
+    upcoming.add<X>(in_.value, block, c_.count());
+    if (p_.grad_value.data) upcoming.add<X>(p_.grad_value, block, c_.count());
+    if (p_.grad_key.data) upcoming.add<X>(p_.grad_key, block, c_.count());
     Base::expect_bias(block, upcoming);
   }
 
@@ -236,11 +239,14 @@ class BackwardKernel : BackwardMemory<X> {
     const T mean = 1 / static_cast<T>(geometry_.window_keys());
     T ones[kBlock], weight[kBlock];
     for (T& one : ones) one = 1;
-    Block block, next;
+    Block blocks[2];  // the one at hand and the next, by turns
     Upcoming upcoming;
     scratch.ring.forget();
-    if (begin < end) fill_tile(keys_, block, image, window, tile_at(keys_, tiling_, begin));
-    for (i64 index = begin; index < end; ++index, block = next) {
+    if (begin < end) fill_tile(keys_, blocks[0], image, window, tile_at(keys_, tiling_, begin));
+    int turn = 0;
+    for (i64 index = begin; index < end; ++index, turn ^= 1) {
+      const Block& block = blocks[turn];
+      Block& next = blocks[turn ^ 1];
       const Tile tile = tile_at(keys_, tiling_, index);
       const bool has_taps = needs_ring_ && !tile.is_prefix;
       upcoming.plan(c_.heads * ((by_scores_ ? 0 : 2) * Base::head_steps(block.count) +

@@ -130,9 +130,10 @@ FLATTEN_INLINE void focus_rows(const X* const* x, BiasRows bias, int t, T* z, Ch
   const X* row[R];
   const B* row_bias[R];
   for (int r = 0; r < R; ++r) row[r] = x[t + r], row_bias[r] = bias_row<B>(bias, t + r, c.count());
-  // Where x <= 0, y^2p is eps^2p: a subnormal number on its own, which costs many processors 150 cycles, and
-  // nothing beside this start, which is nothing beside any sum of the safe range.
-  for (int r = 0; r < R; ++r) powers[r] = broadcast(T(1e-30));
+  // Where x <= 0, y^2p is (eps / scale)^2p: on its own a subnormal number, which costs some processors 150
+  // cycles. It is none beside this start, which is nothing beside any sum of the safe range.
+  constexpr T kStart = sizeof(T) == 4 ? T(1e-30) : T(1e-200);
+  for (int r = 0; r < R; ++r) powers[r] = broadcast(kStart);
   for (i64 h = 0; h < c.heads; ++h) {
     T* zh = z + h * c.head_stride() + t * c.padded;
     for (i64 d = 0; d < c.padded; d += kLanes<T>) {

@@ -118,12 +118,15 @@ class ForwardKernel : AttentionKernel<X> {
   /// The output of tiles [begin, end) of a window.
   void attend(i64 pair, i64 begin, i64 end, Scratch& scratch) const {
     const i64 image = Base::image(pair), window = Base::window(pair);
-    Block block, next;
+    Block blocks[2];  // the one at hand and the next, by turns
     T rest[kBlock];
     scratch.ring.forget();
     Upcoming upcoming;
-    if (begin < end) fill_tile(queries_, block, image, window, tile_at(queries_, tiling_, begin));
-    for (i64 index = begin; index < end; ++index, block = next) {
+    if (begin < end) fill_tile(queries_, blocks[0], image, window, tile_at(queries_, tiling_, begin));
+    int turn = 0;
+    for (i64 index = begin; index < end; ++index, turn ^= 1) {
+      const Block& block = blocks[turn];
+      Block& next = blocks[turn ^ 1];
       const Tile tile = tile_at(queries_, tiling_, index);
       const bool has_taps = in_.taps && !tile.is_prefix;
       upcoming.plan(c_.heads * ((by_scores_ ? 2 : 1) * Base::head_steps(block.count) +
@@ -131,19 +134,19 @@ class ForwardKernel : AttentionKernel<X> {
       if (index + 1 < end) {
         const Tile next_tile = tile_at(queries_, tiling_, index + 1);
         fill_tile(queries_, next, image, window, next_tile);
-        upcoming.add(rows_of<X>(in_.query, next), next.count, c_.count());
-        upcoming.add(rows_of<X>(out_, next), next.count, c_.count());
+        upcoming.add<X>(in_.query, next, c_.count());
+        upcoming.add<X>(out_, next, c_.count());
         if (in_.taps) {
           expect_ring_rows<X>(in_.value, queries_, image, window, next_tile, shape_.pad_h, c_.count(),
                               upcoming);
         }
       } else {
         Base::first_block(keys_, pair + 1, next);
-        upcoming.add(rows_of<X>(in_.key, next), next.count, c_.count());
-        upcoming.add(rows_of<X>(in_.value, next), next.count, c_.count());
+        upcoming.add<X>(in_.key, next, c_.count());
+        upcoming.add<X>(in_.value, next, c_.count());
         if (by_scores_) {
           Base::first_block(queries_, pair + 1, next);
-          upcoming.add(rows_of<X>(in_.query, next), next.count, c_.count());
+          upcoming.add<X>(in_.query, next, c_.count());
         }
       }
       Base::map_queries(block, scratch.focus, scratch.features);

@@ -60,25 +60,31 @@ constexpr i64 tile_vectors(i64 left) {
   return left == 1 ? 1 : left == 3 ? 3 : !wide || left == 2 ? 2 : left == 5 ? 3 : 4;
 }
 
+/// Rows a tile of so many vectors may have: its sums, a vector of each step and a broadcast fill the
+/// registers.
+constexpr int tile_rows(i64 vectors) {
+  const bool wide = kRegisters == 32;
+  return vectors == 1 ? (wide ? 12 : 6) : vectors == 2 ? (wide ? 8 : 6) : vectors == 3 && !wide ? 4 : 6;
+}
+
 /// The same over all vectors of the rows too.
 template <class T, class TileBody>
 FLATTEN_INLINE void for_tiles(i64 rows, i64 padded, const TileBody& tile, Upcoming& upcoming) {
-  constexpr bool kWide = kRegisters == 32;
   i64 left = padded / kLanes<T>;
   while (left > 0) {
     const i64 column = padded - left * kLanes<T>, take = tile_vectors(left);
     switch (take) {
       case 1:
-        for_row_tiles<1, kWide ? 12 : 6>(rows, column, tile, upcoming);
+        for_row_tiles<1, tile_rows(1)>(rows, column, tile, upcoming);
         break;
       case 2:
-        for_row_tiles<2, kWide ? 8 : 6>(rows, column, tile, upcoming);
+        for_row_tiles<2, tile_rows(2)>(rows, column, tile, upcoming);
         break;
       case 3:
-        for_row_tiles<3, kWide ? 6 : 4>(rows, column, tile, upcoming);
+        for_row_tiles<3, tile_rows(3)>(rows, column, tile, upcoming);
         break;
       default:
-        for_row_tiles<kWide ? 4 : 2, 6>(rows, column, tile, upcoming);
+        for_row_tiles<kRegisters == 32 ? 4 : 2, tile_rows(4)>(rows, column, tile, upcoming);
         break;
     }
     left -= take;
@@ -89,7 +95,9 @@ FLATTEN_INLINE void for_tiles(i64 rows, i64 padded, const TileBody& tile, Upcomi
 template <class T>
 i64 product_steps(i64 rows, i64 padded, i64 steps) {
   i64 tiles = 0;
-  for (i64 left = padded / kLanes<T>; left > 0; left -= tile_vectors(left)) tiles += ceil_div(rows, 6);
+  for (i64 left = padded / kLanes<T>; left > 0; left -= tile_vectors(left)) {
+    tiles += ceil_div(rows, tile_rows(tile_vectors(left)));
+  }
   return tiles * (steps / kStepsAtOnce);
 }
 

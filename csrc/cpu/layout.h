@@ -68,9 +68,21 @@ void lay_out_in(void* (*workspace)(std::size_t bytes), const LayOut& lay_out) {
 /// window, which are rows of key_bias.
 struct Block {
   i64 image = 0;
-  int count = 0;
+  int count = 0, runs = 0;
   i64 token[kBlock];
   i64 position[kBlock];
+  int run_begin[kBlock + 1];  // in a run, tokens and positions go up by one
+
+  void clear(i64 of_image) { image = of_image, count = runs = run_begin[0] = 0; }
+  /// Appends a run.
+  void add(i64 first_token, i64 first_position, i64 length) {
+    for (i64 i = 0; i < length; ++i) {
+      token[count + i] = first_token + i;
+      position[count + i] = first_position + i;
+    }
+    count += static_cast<int>(length);
+    run_begin[++runs] = count;
+  }
 };
 
 /// One window's tokens as a grid of rows x columns behind `prefix` tokens. Where neither taps nor a shift
@@ -104,30 +116,33 @@ struct Grid {
 
   /// Positions [begin, begin + count) of a window.
   void fill(Block& block, i64 image, i64 window, i64 begin, i64 count) const {
-    block.image = image;
-    block.count = static_cast<int>(count);
-    i64 t = 0, position = begin;
-    for (; t < count && position < prefix; ++t, ++position) block.token[t] = block.position[t] = position;
-    while (t < count) {
-      const Row tokens = row(window, (position - prefix) / columns);
-      for (i64 x = (position - prefix) % columns; t < count && x < columns; ++x, ++t, ++position) {
-        block.token[t] = tokens.token(x);
-        block.position[t] = position;
-      }
+    block.clear(image);
+    i64 position = begin;
+    const i64 end = begin + count;
+    if (position < prefix) {
+      block.add(position, position, smaller(end, prefix) - position);
+      position += block.count;
+    }
+    while (position < end) {
+      const i64 x = (position - prefix) % columns, width = smaller(columns - x, end - position);
+      add_row(block, row(window, (position - prefix) / columns), x, width, position);
+      position += width;
     }
   }
 
   /// The rectangle of `height` rows from y and `width` columns from x.
   void fill(Block& block, i64 image, i64 window, i64 y, i64 height, i64 x, i64 width) const {
-    block.image = image;
-    block.count = static_cast<int>(height * width);
-    i64 t = 0;
-    for (i64 i = y; i < y + height; ++i) {
-      const Row tokens = row(window, i);
-      for (i64 j = x; j < x + width; ++j, ++t) {
-        block.token[t] = tokens.token(j);
-        block.position[t] = prefix + i * columns + j;
-      }
+    block.clear(image);
+    for (i64 i = y; i < y + height; ++i) add_row(block, row(window, i), x, width, prefix + i * columns + x);
+  }
+
+ private:
+  /// Columns [x, x + width) of a row, whose first has this position.
+  static void add_row(Block& block, const Row& tokens, i64 x, i64 width, i64 position) {
+    for (i64 done = 0; done < width;) {
+      const i64 length = smaller(tokens.run(x + done), width - done);
+      block.add(tokens.token(x + done), position + done, length);
+      done += length;
     }
   }
 };

@@ -38,31 +38,43 @@ class Upcoming {
     lines_ = per_step_ = 0;
     at_ = end_ = nullptr;
   }
-  /// Rows that follow each other in memory become one span.
+  /// The block's rows of a tensor.
   template <class X>
-  void add(const Rows<X>& rows, int count, i64 channels) {
+  void add(const Tokens& x, const Block& block, i64 channels) {
+    const X* image = static_cast<const X*>(x.data) + block.image * x.batch_stride;
+    add_rows(image, x.token_stride, block.token, block, channels);
+  }
+  template <class X>
+  void add(const MutableTokens& x, const Block& block, i64 channels) {
+    add<X>(Tokens{x.data, x.batch_stride, x.token_stride}, block, channels);
+  }
+  /// Rows index[t] of a matrix, for every t of the block, where runs go up by one.
+  template <class X>
+  void add_rows(const X* rows, i64 stride, const i64* index, const Block& block, i64 channels) {
     const i64 bytes = channels * static_cast<i64>(sizeof(X));
-    for (int t = 0; t < count; ++t) {
-      const char* row = reinterpret_cast<const char*>(rows[t]);
-      if (spans_ > 0 && span_[spans_ - 1].end == row) {
-        span_[spans_ - 1].end = row + bytes;
-      } else if (spans_ < kMost) {
-        span_[spans_++] = {row, row + bytes};
+    for (int run = 0; run < block.runs; ++run) {
+      const int begin = block.run_begin[run], end = block.run_begin[run + 1];
+      if (stride == channels) {
+        add_span(rows + index[begin] * stride, (end - begin) * bytes);
+      } else {
+        for (int t = begin; t < end; ++t) add_span(rows + index[t] * stride, bytes);
       }
     }
-    lines_ += ceil_div(count * bytes, kLine);
+    lines_ += ceil_div(block.count * bytes, kLine);
     per_step_ = ceil_div(lines_, steps_);
   }
   FLATTEN_INLINE void step() {
+    const char* at = at_;
     for (i64 left = per_step_; left > 0; --left) {
-      if (at_ >= end_) {
-        if (next_ == spans_) return;
-        at_ = span_[next_].begin;
+      if (at >= end_) {
+        if (next_ == spans_) break;
+        at = span_[next_].begin;
         end_ = span_[next_++].end;
       }
-      __builtin_prefetch(at_, 0, 2);  // into the second-level cache
-      at_ += kLine;
+      __builtin_prefetch(at, 0, 2);  // into the second-level cache
+      at += kLine;
     }
+    at_ = at;
   }
 
  private:
@@ -71,6 +83,16 @@ class Upcoming {
   struct Span {
     const char *begin, *end;
   };
+
+  /// Spans that follow each other in memory become one.
+  void add_span(const void* begin, i64 bytes) {
+    const char* first = static_cast<const char*>(begin);
+    if (spans_ > 0 && span_[spans_ - 1].end == first) {
+      span_[spans_ - 1].end = first + bytes;
+    } else if (spans_ < kMost) {
+      span_[spans_++] = {first, first + bytes};
+    }
+  }
 
   Span span_[kMost];
   int spans_ = 0, next_ = 0;

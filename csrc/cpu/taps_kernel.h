@@ -167,7 +167,7 @@ void expect_ring_rows(const Tokens& source, const Grid& grid, i64 image, i64 win
   if (next.is_prefix || next.height <= 0) return;
   Block block;
   fill_tile(grid, block, image, window, next);
-  upcoming.add(rows_of<X>(source, block), block.count, channels);
+  upcoming.add<X>(source, block, channels);
 }
 
 /// One vector of channels of R adjacent outputs: sums[i] += taps. `rows` point at the column and channels of

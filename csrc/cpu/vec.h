@@ -95,8 +95,8 @@ template <int... I, class Body>
 FLATTEN_INLINE void for_indices(std::integer_sequence<int, I...>, const Body& body) {
   (body(Constant<I>{}), ...);
 }
-/// body(Constant<0>) ... body(Constant<N - 1>): a loop that is written out before the compiler decides what of an
-/// array it can keep in registers.
+/// body(Constant<0>) ... body(Constant<N - 1>): a loop that is written out before the compiler decides what
+/// of an array it can keep in registers.
 template <int N, class Body>
 FLATTEN_INLINE void unrolled(const Body& body) {
   for_indices(std::make_integer_sequence<int, N>{}, body);
