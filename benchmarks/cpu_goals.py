@@ -390,11 +390,14 @@ def main(arguments: list[str] | None = None) -> int:
     table = tables.Table("Goals of the CPU kernels", ["goal", "figure", "target", "", "note"])
     table.rows = [goal.row() for goal in goals]
     met, known = sum(goal.met is True for goal in goals), sum(goal.met is not None for goal in goals)
-    table.note = f"{met} of {known} met; torch.mm({plan.mm_size}) reached {rate:.0f} GFLOP/s on one thread"
+    record = stages.record(found, {1: rate}, CPU, clock)
+    record["goals"] = [asdict(goal) | {"met": goal.met} for goal in goals]
+    table.note = (
+        f"{met} of {known} met; torch.mm({plan.mm_size}) reached {rate:.0f} GFLOP/s on one thread. "
+        f"{tables.machine_line(record)}."
+    )
     console.print(table.rich())
     if options.output:
-        record = stages.record(found, {1: rate}, CPU, clock)
-        record["goals"] = [asdict(goal) | {"met": goal.met} for goal in goals]
         write_json(options.output, record)
         write_text(options.output.with_suffix(".md"), table.markdown())
     return 0

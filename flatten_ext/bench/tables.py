@@ -17,6 +17,7 @@ __all__ = [
     "Table",
     "alternatives_tables",
     "end_to_end_tables",
+    "machine_line",
     "memory_table",
     "models_table",
     "roofline_table",
@@ -67,7 +68,8 @@ def _threads(results: Results, count: int) -> str:
     return ("one thread" if count == 1 else f"{count} threads") + clock
 
 
-def _on(record: Mapping[str, Any]) -> str:
+def machine_line(record: Mapping[str, Any]) -> str:
+    """Processor, instruction set and torch of a record's machine."""
     machine = record["machine"]
     return f"{machine['cpu']}, {machine['cpu_isa']}, torch {machine['torch']}"
 
@@ -109,7 +111,7 @@ def stages_table(
     table.rows.append(["geometric mean", "", "", *means, ""])
     table.note = (
         f"torch.mm(2048) reached {rate:.0f} GFLOP/s here. x: how many times faster flatten is. "
-        f"{_on(results.record)}."
+        f"{machine_line(results.record)}."
     )
     return table
 
@@ -139,7 +141,7 @@ def alternatives_tables(
             table.rows.append([labels[name], *([NOT_MEASURED] * len(shapes)), on_gpu])
         made.append(table)
     reasons = "".join(f" {labels[name]}: {reason}." for name, reason in missing.items())
-    made[-1].note = f"GPU: at the first shape.{reasons} {_on(results.record)}."
+    made[-1].note = f"GPU: at the first shape.{reasons} {machine_line(results.record)}."
     return made
 
 
@@ -156,8 +158,8 @@ def tokens_table(
     table = Table(
         f"Forward+backward against tokens, milliseconds, {_threads(results, threads)}",
         ["attention", *(f"{size:,}" for size in sizes), "flatten faster from", f"GPU, {sizes[-1]:,}"],
-        note=f"B=1, C=64, 2 heads, float32. {_on(results.record)}. A dash is a size that was left out "
-        "because the one before took over a second.",
+        note=f"B=1, C=64, 2 heads, float32. {machine_line(results.record)}. A dash is a size that was left "
+        "out because the one before took over a second.",
     )
     for name in results.contenders("tokens"):
         times = [results.median("tokens", shape, name, MODES[1], threads) for shape in shapes]
@@ -190,7 +192,8 @@ def roofline_table(record: Mapping[str, Any]) -> Table:
     table = Table(
         f"The forward under the roofs, float32, {'one thread' if threads == 1 else f'{threads} threads'}",
         ["shape", "flops per byte", "GFLOP/s", "% of the roof", "bound by"],
-        note=f"Roofs: torch.mm(2048) {rate:.0f} GFLOP/s, a large copy {bandwidth:.1f} GB/s. {_on(record)}.",
+        note=f"Roofs: torch.mm(2048) {rate:.0f} GFLOP/s, a large copy {bandwidth:.1f} GB/s. "
+        f"{machine_line(record)}.",
     )
     for point in record["roofline"]:
         roof = min(rate, point["intensity"] * bandwidth)
@@ -210,7 +213,7 @@ def models_table(results: Results, rows: Sequence[Mapping[str, Any]], gpu: Resul
         f"Inference at 224 px, float32, batch {first['batch']}, {_threads(results, first['threads'])}",
         ["model", "parameters, M", "GFLOP", "images/s", "x its softmax original", "GPU images/s"],
         note="GFLOP: of one image, a multiplication and an addition counted as two. Random weights. "
-        f"{_on(results.record)}.",
+        f"{machine_line(results.record)}.",
     )
     for row in rows:
         other = row["compared_with"]
@@ -243,7 +246,7 @@ def end_to_end_tables(record: Mapping[str, Any]) -> list[Table]:
                 "speed-up over it",
             ],
             note=f"Medians of {record['rounds']} interleaved rounds. Ceiling: the speed-up if attention only "
-            f"copied q. {_on(record)}.",
+            f"copied q. {machine_line(record)}.",
         )
         for row in record["results"]:
             if row["mode"] == mode:
