@@ -144,18 +144,6 @@ FLATTEN_INLINE FloatVec fma(FloatVec a, FloatVec b, FloatVec c) {
 }
 FLATTEN_INLINE DoubleVec fma(DoubleVec a, DoubleVec b, DoubleVec c) { return a * b + c; }
 
-/// sum + a * b in sum's own register. Of fma's three forms GCC also takes those that overwrite a factor, and
-/// then moves sums about, as many moves as two thirds of the products.
-FLATTEN_INLINE FloatVec add_product(FloatVec sum, FloatVec a, FloatVec b) {
-#if defined(__AVX512F__)
-  asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-  return sum;
-#else
-  return fma(a, b, sum);
-#endif
-}
-FLATTEN_INLINE DoubleVec add_product(DoubleVec sum, DoubleVec a, DoubleVec b) { return fma(a, b, sum); }
-
 /// max(x, 0); a NaN stays one.
 FLATTEN_INLINE FloatVec relu(FloatVec x) {
 #if defined(__AVX512F__)
