@@ -26,12 +26,12 @@ struct Features {
   Sums<T> chain;  // see AttentionKernel::in_chains
 };
 
-/// sum += the rows of one head of a block, weighted: four vectors at a time, of two rows where a row has
-/// fewer, to hide the latency of a sum.
+/// sum += the rows of one head of a block, weighted: four or eight sums at a time, to hide their latency, of
+/// up to four rows.
 template <class T>
 void add_weighted_rows(const T* rows, const T* weight, int count, i64 padded, T* sum) {
-  const auto columns = [&](auto vectors, auto chains, i64 d) FLATTEN_INLINED {
-    constexpr int kV = vectors, kChains = chains;
+  const auto columns = [&](auto vectors, i64 d) FLATTEN_INLINED {
+    constexpr int kV = decltype(vectors)::value, kChains = kV == 4 ? 2 : 4;
     Vec<T> acc[kChains][kV] = {};
     const auto add = [&](int t, auto chain) FLATTEN_INLINED {
       const Vec<T> w = broadcast(weight[t]);
@@ -51,9 +51,9 @@ void add_weighted_rows(const T* rows, const T* weight, int count, i64 padded, T*
     });
   };
   i64 d = 0;
-  for (; d + 4 * kLanes<T> <= padded; d += 4 * kLanes<T>) columns(Constant<4>{}, Constant<2>{}, d);
-  for (; d + 2 * kLanes<T> <= padded; d += 2 * kLanes<T>) columns(Constant<2>{}, Constant<4>{}, d);
-  if (d < padded) columns(Constant<1>{}, Constant<4>{}, d);
+  for (; d + 4 * kLanes<T> <= padded; d += 4 * kLanes<T>) columns(Constant<4>{}, d);
+  for (; d + 2 * kLanes<T> <= padded; d += 2 * kLanes<T>) columns(Constant<2>{}, d);
+  if (d < padded) columns(Constant<1>{}, d);
 }
 
 /// dots[t] = rows[t] . m

@@ -31,63 +31,47 @@ FLATTEN_INLINE void accumulate(Vec<T> (&acc)[R][V], const T* a, i64 a_row, i64 a
   for (; steps > 0; --steps) step();
 }
 
-/// tile.run<size, V>(row, column)
-template <int V, int Most, int R = 1, class TileBody>
-FLATTEN_INLINE void run_tile(i64 size, i64 row, i64 column, const TileBody& tile, Upcoming& upcoming) {
-  if (R == Most || size == R) {
-    tile.template run<R, V>(row, column, upcoming);
-  } else if constexpr (R < Most) {
-    run_tile<V, Most, R + 1>(size, row, column, tile, upcoming);
-  }
-}
-
-/// tile.run<R, V>(first row, column) over `rows` cut into tiles of at most Most rows, as even as can be.
-template <int V, int Most, class TileBody>
-FLATTEN_INLINE void for_row_tiles(i64 rows, i64 column, const TileBody& tile, Upcoming& upcoming) {
-  const i64 tiles = ceil_div(rows, Most), least = rows / tiles, extra = rows % tiles;
-  i64 row = 0;
-  for (i64 i = 0; i < tiles; ++i) {
-    const i64 size = least + (i < extra);
-    run_tile<V, Most>(size, row, column, tile, upcoming);
-    row += size;
-  }
-}
-
 /// Vectors of a row that a tile takes of those left: two (or four), three where one would be left alone, so
 /// that 8 to 24 sums are under way and hide each other's latency.
+constexpr int kMostVectors = kRegisters == 32 ? 4 : 3;
 constexpr i64 tile_vectors(i64 left) {
   const bool wide = kRegisters == 32;
   return left == 1 ? 1 : left == 3 ? 3 : !wide || left == 2 ? 2 : left == 5 ? 3 : 4;
 }
+/// Whether rows of `vectors` vectors have tiles of `size`; 0 vectors stands for any number.
+constexpr bool has_tiles_of(i64 vectors, i64 size) {
+  for (i64 left = vectors; left > 0; left -= tile_vectors(left)) {
+    if (tile_vectors(left) == size) return true;
+  }
+  return vectors == 0;
+}
 
 /// Rows a tile of so many vectors may have: its sums, a vector of each step and a broadcast fill the
 /// registers.
+template <class T>
 constexpr int tile_rows(i64 vectors) {
   const bool wide = kRegisters == 32;
+  if (sizeof(T) == 8) return 4;  // fewer to compile
   return vectors == 1 ? (wide ? 12 : 6) : vectors == 2 ? (wide ? 8 : 6) : vectors == 3 && !wide ? 4 : 6;
 }
 
-/// The same over all vectors of the rows too.
-template <class T, class TileBody>
+/// tile.run<R, V>(first row, column) over rows of `padded` elements, cut into tiles. Only
+/// the sizes are compiled that kRows and kPadded need; 0 stands for any number.
+template <class T, int kRows, int kPadded, class TileBody>
 FLATTEN_INLINE void for_tiles(i64 rows, i64 padded, const TileBody& tile, Upcoming& upcoming) {
-  i64 left = padded / kLanes<T>;
-  while (left > 0) {
-    const i64 column = padded - left * kLanes<T>, take = tile_vectors(left);
-    switch (take) {
-      case 1:
-        for_row_tiles<1, tile_rows(1)>(rows, column, tile, upcoming);
-        break;
-      case 2:
-        for_row_tiles<2, tile_rows(2)>(rows, column, tile, upcoming);
-        break;
-      case 3:
-        for_row_tiles<3, tile_rows(3)>(rows, column, tile, upcoming);
-        break;
-      default:
-        for_row_tiles<kRegisters == 32 ? 4 : 2, tile_rows(4)>(rows, column, tile, upcoming);
-        break;
-    }
-    left -= take;
+  i64 column = 0;
+  for (i64 left = padded / kLanes<T>; left > 0; left -= tile_vectors(left)) {
+    with_size<1, kMostVectors>(tile_vectors(left), [&](auto vectors) FLATTEN_INLINED {
+      constexpr int kV = decltype(vectors)::value, kMost = tile_rows<T>(kV);
+      constexpr int kTiles = ceil_div(kRows, kMost);
+      constexpr int kLeast = kRows ? kRows / kTiles : 1, kLargest = kRows ? ceil_div(kRows, kTiles) : kMost;
+      if constexpr (has_tiles_of(kPadded / kLanes<T>, kV)) {
+        in_pieces<kLeast, kLargest>(rows, [&](auto size, i64 row) FLATTEN_INLINED {
+          tile.template run<decltype(size)::value, kV>(row, column, upcoming);
+        });
+        column += kV * kLanes<T>;
+      }
+    });
   }
 }
 
@@ -96,12 +80,12 @@ template <class T>
 i64 product_steps(i64 rows, i64 padded, i64 steps) {
   i64 tiles = 0;
   for (i64 left = padded / kLanes<T>; left > 0; left -= tile_vectors(left)) {
-    tiles += ceil_div(rows, tile_rows(tile_vectors(left)));
+    tiles += ceil_div(rows, tile_rows<T>(tile_vectors(left)));
   }
   return tiles * (steps / kStepsAtOnce);
 }
 
-/// kSquare: b has as many rows as it has columns.
+/// kSquare: `steps` is kPadded too.
 template <class T, int kPadded, bool kSquare>
 struct ProductTile {
   const T *a, *b, *start, *factor;
@@ -153,41 +137,48 @@ struct OuterTile {
 template <class T, int kPadded>
 void product(i64 tokens, i64 dim, i64 padded, const T* a, const T* b, const T* start, const T* factor, T* out,
              Upcoming& upcoming) {
-  for_tiles<T>(tokens, kPadded ? kPadded : padded,
-               ProductTile<T, kPadded, true>{a, b, start, factor, out, dim, padded}, upcoming);
+  if (kPadded) dim = padded = kPadded;
+  for_tiles<T, 0, kPadded>(tokens, padded,
+                           ProductTile<T, kPadded, true>{a, b, start, factor, out, dim, padded}, upcoming);
 }
 
 /// The first `columns` (whole vectors) of out[t] = factor[t] * (a[t] b), for rows a of `steps` elements.
 template <class T, int kPadded>
 void partial_product(i64 tokens, i64 steps, i64 columns, i64 padded, const T* a, const T* b, const T* factor,
                      T* out, Upcoming& upcoming) {
-  for_tiles<T>(tokens, columns, ProductTile<T, kPadded, false>{a, b, nullptr, factor, out, steps, padded},
-               upcoming);
+  const ProductTile<T, kPadded, false> tile{a, b, nullptr, factor, out, steps, padded};
+  for_tiles<T, 0, 0>(tokens, columns, tile, upcoming);
 }
 
-/// sum += a^T b, for `tokens` rows of a and b; sum is dim x padded.
-template <class T, int kPadded>
-void outer_product(i64 tokens, i64 dim, i64 padded, const T* a, const T* b, T* sum, Upcoming& upcoming) {
-  for_tiles<T>(dim, kPadded ? kPadded : padded, OuterTile<T, kPadded>{a, b, sum, tokens, padded}, upcoming);
+/// sum += a^T b, for `tokens` rows of a and b; sum is rows x padded.
+template <class T, int kRows, int kPadded>
+void outer_product(i64 tokens, i64 rows, i64 padded, const T* a, const T* b, T* sum, Upcoming& upcoming) {
+  for_tiles<T, kRows, kPadded>(kRows ? kRows : rows, kPadded ? kPadded : padded,
+                               OuterTile<T, kPadded>{a, b, sum, tokens, padded}, upcoming);
 }
 
-/// The products for one head width; the common ones have their strides compiled in.
+/// The products for one head width; the common ones are compiled in.
 template <class T>
 struct Gemm {
   void (*product)(i64 tokens, i64 dim, i64 padded, const T* a, const T* b, const T* start, const T* factor,
                   T* out, Upcoming& upcoming);
+  void (*outer_product)(i64 tokens, i64 dim, i64 padded, const T* a, const T* b, T* sum, Upcoming& upcoming);
+  // For scores, whose rows and columns may be fewer than a head's.
   void (*partial_product)(i64 tokens, i64 steps, i64 columns, i64 padded, const T* a, const T* b,
                           const T* factor, T* out, Upcoming& upcoming);
-  void (*outer_product)(i64 tokens, i64 dim, i64 padded, const T* a, const T* b, T* sum, Upcoming& upcoming);
+  void (*partial_outer_product)(i64 tokens, i64 rows, i64 padded, const T* a, const T* b, T* sum,
+                                Upcoming& upcoming);
 
   template <int kPadded>
   static Gemm make() {
-    return {&FLATTEN_ISA::product<T, kPadded>, &FLATTEN_ISA::partial_product<T, kPadded>,
-            &FLATTEN_ISA::outer_product<T, kPadded>};
+    constexpr int kWhole = kPadded % kLanes<T> == 0 ? kPadded : 0;
+    constexpr int kScored = kPadded == 64 ? 64 : 0;  // PVT's
+    return {&FLATTEN_ISA::product<T, kWhole>, &FLATTEN_ISA::outer_product<T, kWhole, kWhole>,
+            &FLATTEN_ISA::partial_product<T, kScored>, &FLATTEN_ISA::outer_product<T, 0, kScored>};
   }
   static Gemm select(i64 dim, i64 padded) {
-    if (sizeof(T) == 4 && dim == padded) {
-      switch (padded) {
+    if constexpr (sizeof(T) == 4) {
+      switch (dim == padded ? padded : 0) {
         case 16:
           return make<16>();
         case 24:

@@ -8,9 +8,22 @@
 
 namespace flatten::cpu::FLATTEN_ISA {
 
-FLATTEN_INLINE i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
-FLATTEN_INLINE i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
-FLATTEN_INLINE i64 greater(i64 a, i64 b) { return a > b ? a : b; }
+FLATTEN_INLINE constexpr i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+FLATTEN_INLINE constexpr i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
+FLATTEN_INLINE constexpr i64 greater(i64 a, i64 b) { return a > b ? a : b; }
+
+/// body(Constant<size>{}, start) for the pieces of [0, count): as few as can be of at most kMost, as even as
+/// can be. None may be smaller than kLeast.
+template <int kLeast, int kMost, class Body>
+FLATTEN_INLINE void in_pieces(i64 count, const Body& body) {
+  const i64 pieces = ceil_div(count, kMost), least = count / pieces, extra = count % pieces;
+  i64 start = 0;
+  for (i64 i = 0; i < pieces; ++i) {
+    const i64 size = least + (i < extra);
+    with_size<kLeast, kMost>(size, [&](auto constant) FLATTEN_INLINED { body(constant, start); });
+    start += size;
+  }
+}
 
 /// Tokens a block may hold: its q, k, v and gradient rows stay in the caches near the core.
 constexpr int kBlock = 64;

@@ -104,8 +104,8 @@ class Scores {
     T *to_keys = grad_keys + h * c_.head_stride(), *to_values = grad_values + h * c_.head_stride();
     set_zero(to_keys, keys_ * c_.padded);
     set_zero(to_values, keys_ * c_.padded);
-    gemm_.outer_product(count, keys_, c_.padded, gradients, queries, to_keys, upcoming);
-    gemm_.outer_product(count, keys_, c_.padded, rows, g, to_values, upcoming);
+    gemm_.partial_outer_product(count, keys_, c_.padded, gradients, queries, to_keys, upcoming);
+    gemm_.partial_outer_product(count, keys_, c_.padded, rows, g, to_values, upcoming);
   }
 
  private:

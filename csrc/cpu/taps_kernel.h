@@ -34,7 +34,11 @@ FLATTEN_INLINE void convolve_outputs(const T* const* rows, i64 offset, const T* 
 }
 
 /// Outputs whose sums, beside a row of weights, fill the registers.
-constexpr int kMostOutputs = kRegisters == 32 ? 14 : 8;
+template <class T>
+constexpr int most_outputs() {
+  if (sizeof(T) == 8) return 4;  // fewer to compile
+  return kRegisters == 32 ? 14 : 8;
+}
 
 /// What the taps of one head are added to, and where the result goes.
 template <class X, class T>
@@ -44,6 +48,12 @@ struct TapsOutput {
   X* const* rows;  // the tokens' rows
   i64 channel;     // of the head's first
 };
+
+/// The last channels, fewer than a vector, of `count` outputs: `left` from channel d on.
+template <class X, class T>
+__attribute__((noinline)) void store_rest(X* const* to, i64 d, i64 left, const T* sums, int count) {
+  for (int r = 0; r < count; ++r) store_partial(to[r] + d, load(sums + r * kLanes<T>), left);
+}
 
 /// R outputs from column x of the tile's row i, all vectors of the head.
 template <int kKernelW, int R, class X, class T>
@@ -66,48 +76,38 @@ FLATTEN_INLINE void convolve_run(const TapsRing<X, T>& ring, const T* weights, i
     if (const i64 left = dim - d; left >= kLanes<T>) {
       unrolled<R>([&](auto r) FLATTEN_INLINED { store(to[r] + d, sums[r]); });
     } else {
-      unrolled<R>([&](auto r) FLATTEN_INLINED { store_partial(to[r] + d, sums[r], left); });
+      T rest[R * kLanes<T>];
+      unrolled<R>([&](auto r) FLATTEN_INLINED { store(rest + r * kLanes<T>, sums[r]); });
+      store_rest(to, d, left, rest, R);
     }
     upcoming.step();
   }
 }
 
-/// convolve_run<kKernelW, size>
-template <int kKernelW, int R = 1, class X, class T>
-FLATTEN_INLINE void convolve_sized(i64 size, const TapsRing<X, T>& ring, const T* weights, i64 i, i64 x,
-                                   i64 width, const TapsOutput<X, T>& out, Upcoming& upcoming) {
-  if (R == kMostOutputs || size == R) {
-    convolve_run<kKernelW, R>(ring, weights, i, x, width, out, upcoming);
-  } else if constexpr (R < kMostOutputs) {
-    convolve_sized<kKernelW, R + 1>(size, ring, weights, i, x, width, out, upcoming);
-  }
-}
-
-/// out = start + bias + taps for one head of a tile, rows cut into runs of at most kMostOutputs, as even as
-/// can be.
+/// out = start + bias + taps for one head of a tile, row by row.
 template <int kKernelW, class X, class T>
 void convolve_head(const TapsRing<X, T>& ring, const T* weights, const Tile& tile,
                    const TapsOutput<X, T>& out, Upcoming& upcoming) {
-  const i64 runs = ceil_div(tile.width, kMostOutputs), least = tile.width / runs, extra = tile.width % runs;
   for (i64 i = 0; i < tile.height; ++i) {
-    i64 x = 0;
-    for (i64 run = 0; run < runs; ++run) {
-      const i64 size = least + (run < extra);
-      convolve_sized<kKernelW>(size, ring, weights, i, x, tile.width, out, upcoming);
-      x += size;
-    }
+    in_pieces<1, most_outputs<T>()>(tile.width, [&](auto size, i64 x) FLATTEN_INLINED {
+      convolve_run<kKernelW, decltype(size)::value>(ring, weights, i, x, tile.width, out, upcoming);
+    });
   }
 }
 
 /// How often convolve_head calls Upcoming::step().
 template <class T>
 i64 convolve_steps(const Tile& tile, i64 padded) {
-  return tile.height * ceil_div(tile.width, kMostOutputs) * (padded / kLanes<T>);
+  return tile.height * ceil_div(tile.width, most_outputs<T>()) * (padded / kLanes<T>);
 }
 
-/// Tap rows whose sums, beside a few more vectors, fill the registers.
-template <int kKernelW>
-constexpr int kTapRows = kKernelW == 0 ? 1 : (kRegisters == 32 ? 27 : 15) / kKernelW;
+/// Tap rows whose sums, beside a few more vectors, fill the registers; most kernels have no more than they
+/// have columns.
+template <int kKernelW, class T>
+constexpr int most_tap_rows() {
+  if (kKernelW == 0 || sizeof(T) == 8) return 1;  // fewer to compile
+  return smaller(kKernelW, (kRegisters == 32 ? 27 : 15) / kKernelW);
+}
 
 /// Gradient of tap rows [dy, dy + G) for one vector of channels: sum[g][k] += v[i][x] * rows[i + dy + g][x +
 /// k].
@@ -169,8 +169,8 @@ void correlate_head(const TapsRing<X, T>& ring, const T* v, const Tile& tile, T*
     const i64 offset = d * s.ring_columns;
     T* sums = sum + d * area;
     if constexpr (kKernelW != 0) {
-      correlate_from<kKernelW, kTapRows<kKernelW>>(ring.rows(), offset, v + d, padded, 0, s.kernel_h, tile,
-                                                   sums);
+      correlate_from<kKernelW, most_tap_rows<kKernelW, T>()>(ring.rows(), offset, v + d, padded, 0,
+                                                             s.kernel_h, tile, sums);
     } else {
       for (i64 k = 0; k < area; ++k) {
         Vec<T> acc = load(sums + k * kLanes<T>);

@@ -13,9 +13,15 @@
 #include <immintrin.h>
 #endif
 
+// Without optimization these are functions to step through, which compile in a third of the time.
+#if defined(__OPTIMIZE__)
 #define FLATTEN_INLINE inline __attribute__((always_inline))
 /// Of a lambda, behind its parameters.
 #define FLATTEN_INLINED __attribute__((always_inline))
+#else
+#define FLATTEN_INLINE inline
+#define FLATTEN_INLINED
+#endif
 
 namespace flatten::cpu::FLATTEN_ISA {
 
@@ -100,6 +106,18 @@ FLATTEN_INLINE void for_indices(std::integer_sequence<int, I...>, const Body& bo
 template <int N, class Body>
 FLATTEN_INLINE void unrolled(const Body& body) {
   for_indices(std::make_integer_sequence<int, N>{}, body);
+}
+
+/// body(Constant<size>), for a size of First to Last.
+template <int First, int Last, class Body>
+FLATTEN_INLINE void with_size(i64 size, const Body& body) {
+  if constexpr (First == Last) {
+    body(Constant<Last>{});
+  } else if (size == First) {
+    body(Constant<First>{});
+  } else {
+    with_size<First + 1, Last>(size, body);
+  }
 }
 
 template <class To, class From>
