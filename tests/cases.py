@@ -75,6 +75,7 @@ CASES = {
     "taps": Case(),
     "no-bias": Case(bias=False),
     "taps-3x7": Case(kernel=(3, 7), size=(9, 8)),
+    "taps-7x3": Case(kernel=(7, 3), size=(9, 8)),
     "taps-1x1": Case(kernel=(1, 1)),
     "taps-larger-than-map": Case(kernel=(11, 9), size=(4, 3)),
     "per-channel": Case(per_channel=True, kernel=(3, 3)),

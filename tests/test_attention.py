@@ -27,7 +27,16 @@ from flatten_ext._autograd import count_windows
 from flatten_ext.bench import timing
 
 attention = torch.ops.flatten.attention
-CONV_CASES = ["taps", "no-bias", "taps-3x7", "taps-larger-than-map", "per-channel", "prefix", "shifted"]
+CONV_CASES = [
+    "taps",
+    "no-bias",
+    "taps-3x7",
+    "taps-7x3",
+    "taps-larger-than-map",
+    "per-channel",
+    "prefix",
+    "shifted",
+]
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -80,9 +89,7 @@ def test_linear_attention(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "name", ["taps", "no-bias", "taps-3x7", "taps-larger-than-map", "per-channel", "prefix", "shifted"]
-)
+@pytest.mark.parametrize("name", CONV_CASES)
 def test_depthwise_conv(name, dtype):
     case = CASES[name].arguments(dtype)
     arguments = {"x": case["v"], "weight": case["dwc_weight"], "bias": case.get("dwc_bias")}
@@ -293,6 +300,18 @@ def test_finite_for_every_magnitude(head_dim, magnitude, p, dtype):
         if value.abs().max() < largest:
             assert torch.isfinite(found[name]).all(), name
     assert relative_error(found["out"], expected["out"]) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("factor", [1e-4, 3.0, 30.0, 1e4])
+@pytest.mark.parametrize("name", ["taps", "small-7x7", "p8"])
+def test_any_scale(name, factor, dtype):
+    """Large ones make y^2p of a channel that is not positive a subnormal number, or 0."""
+    arguments = CASES[name].arguments(dtype)
+    arguments["scale"] *= factor
+    grad_out = torch.randn_like(arguments["q"])
+    found = gradients(attention, arguments, grad_out)
+    assert_close(found, oracle_gradients(arguments, grad_out), dtype)
 
 
 def test_all_keys_dead_with_high_power():
