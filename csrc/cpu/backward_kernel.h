@@ -196,7 +196,7 @@ class BackwardKernel : BackwardMemory<X> {
     T a[kBlock], b[kBlock];
     scores.score(h, count, z, rest, a, upcoming);
     pack_head(grad_out, count, h, c_, a, g);
-    pack_head(scratch.values_of_window, static_cast<int>(keys_.tokens()), h, c_, scores.ones, scores.values);
+    scores.pack_values(h, scratch.values_of_window);
     scores.differentiate(h, count, g, a, b, scratch.gradient + h * c_.head_stride(), upcoming);
     for (int t = 0; t < count; ++t) dot[t] += b[t] * rest[t];
     if (needs_sums_) scores.differentiate_keys(h, count, z, g, upcoming);
@@ -235,7 +235,8 @@ class BackwardKernel : BackwardMemory<X> {
     const T* z = by_scores_ ? scratch.scores.z : features.z;
     const T* gradients = by_scores_ ? scratch.scores.grad_keys : scratch.gradient;
     const Norms<T>& norms = by_scores_ ? scratch.scores.norms : features.norms;
-    const bool packs_values = p_.grad_weight || (needs_key_rows_ && !by_scores_);
+    const bool has_values = by_scores_ && needs_attention();
+    const bool packs_values = (p_.grad_weight && !has_values) || (needs_key_rows_ && !by_scores_);
     const T mean = 1 / static_cast<T>(geometry_.window_keys());
     T ones[kBlock], weight[kBlock];
     for (T& one : ones) one = 1;
@@ -278,7 +279,8 @@ class BackwardKernel : BackwardMemory<X> {
         if (needs_key_rows_) add_dots(z + head, gradients + head, block.count, dot);
         const T* dv = by_scores_ ? scratch.scores.grad_values + head : scratch.dv;
         if (has_taps) {
-          taps_head(h, tile, dv, scratch, grad_value, upcoming);
+          taps_head(h, tile, has_values ? scratch.scores.values(h) : scratch.packed, dv, scratch, grad_value,
+                    upcoming);
         } else if (p_.grad_value.data) {
           unpack_head(dv, block.count, h, c_, grad_value);
         }
@@ -288,15 +290,15 @@ class BackwardKernel : BackwardMemory<X> {
     }
   }
 
-  void taps_head(i64 h, const Tile& tile, const T* dv, Scratch& scratch, const Rows<X>& grad_value,
-                 Upcoming& upcoming) const {
+  void taps_head(i64 h, const Tile& tile, const T* values, const T* dv, Scratch& scratch,
+                 const Rows<X>& grad_value, Upcoming& upcoming) const {
     scratch.ring.stage_head(h);
     const i64 weights = shape_.weight_vector(h, 0);
     if (p_.grad_value.data) {
       const TapsOutput<X, T> to{dv, scratch.zero_bias, grad_value.at, h * c_.dim};
       taps_.convolve(scratch.ring, scratch.weights + weights, tile, to, upcoming);
     }
-    if (p_.grad_weight) taps_.correlate(scratch.ring, scratch.packed, tile, scratch.chain.weight + weights);
+    if (p_.grad_weight) taps_.correlate(scratch.ring, values, tile, scratch.chain.weight + weights);
     if (p_.grad_bias) sum_head(scratch.ring, tile, scratch.chain.bias + h * c_.padded);
   }
 

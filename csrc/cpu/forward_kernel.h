@@ -184,9 +184,9 @@ class ForwardKernel : AttentionKernel<X> {
   void score_head(i64 h, int count, const T* rest, const Scratch& scratch, Upcoming& upcoming) const {
     const Scores<T>& scores = scratch.scores;
     T inverse[kBlock];
-    pack_head(scratch.values_of_window, static_cast<int>(keys_.tokens()), h, c_, scores.ones, scores.values);
+    scores.pack_values(h, scratch.values_of_window);
     scores.score(h, count, scratch.features.z + h * c_.head_stride(), rest, inverse, upcoming);
-    scores.attend(count, inverse, scratch.attended, upcoming);
+    scores.attend(h, count, inverse, scratch.attended, upcoming);
   }
 
   MutableTokens out_;

@@ -33,11 +33,11 @@ FLATTEN_INLINE void accumulate(Vec<T> (&acc)[R][V], const T* a, i64 a_row, i64 a
 
 /// Vectors of a row that a tile takes of those left: two (or four), three where one would be left alone, so
 /// that 8 to 24 sums are under way and hide each other's latency.
-constexpr int kMostVectors = kRegisters == 32 ? 4 : 3;
 constexpr i64 tile_vectors(i64 left) {
   const bool wide = kRegisters == 32;
   return left == 1 ? 1 : left == 3 ? 3 : !wide || left == 2 ? 2 : left == 5 ? 3 : 4;
 }
+constexpr int kMostVectors = kRegisters == 32 ? 4 : 3;
 /// Whether rows of `vectors` vectors have tiles of `size`; 0 vectors stands for any number.
 constexpr bool has_tiles_of(i64 vectors, i64 size) {
   for (i64 left = vectors; left > 0; left -= tile_vectors(left)) {
@@ -55,8 +55,8 @@ constexpr int tile_rows(i64 vectors) {
   return vectors == 1 ? (wide ? 12 : 6) : vectors == 2 ? (wide ? 8 : 6) : vectors == 3 && !wide ? 4 : 6;
 }
 
-/// tile.run<R, V>(first row, column) over rows of `padded` elements, cut into tiles. Only
-/// the sizes are compiled that kRows and kPadded need; 0 stands for any number.
+/// tile.run<R, V>(first row, column) over rows of `padded` elements, cut into tiles. Only the sizes are
+/// compiled that kRows and kPadded need; 0 stands for any number.
 template <class T, int kRows, int kPadded, class TileBody>
 FLATTEN_INLINE void for_tiles(i64 rows, i64 padded, const TileBody& tile, Upcoming& upcoming) {
   i64 column = 0;
@@ -111,7 +111,8 @@ struct ProductTile {
   }
 };
 
-template <class T, int kPadded>
+/// kAdds: to what `sum` holds.
+template <class T, int kPadded, bool kAdds>
 struct OuterTile {
   const T *a, *b;
   T* sum;
@@ -123,7 +124,10 @@ struct OuterTile {
     Vec<T> acc[R][V];
     T* s = sum + row * n + column;
     unrolled<R>([&](auto r) FLATTEN_INLINED {
-      unrolled<V>([&](auto v) FLATTEN_INLINED { acc[r][v] = load(s + r * n + v * kLanes<T>); });
+      unrolled<V>([&](auto v) FLATTEN_INLINED {
+        acc[r][v] = Vec<T>{};
+        if constexpr (kAdds) acc[r][v] = load(s + r * n + v * kLanes<T>);
+      });
     });
     accumulate<R, V, T>(acc, a + row, 1, n, b + column, n, steps, upcoming);
     unrolled<R>([&](auto r) FLATTEN_INLINED {
@@ -150,11 +154,19 @@ void partial_product(i64 tokens, i64 steps, i64 columns, i64 padded, const T* a,
   for_tiles<T, 0, 0>(tokens, columns, tile, upcoming);
 }
 
-/// sum += a^T b, for `tokens` rows of a and b; sum is rows x padded.
-template <class T, int kRows, int kPadded>
-void outer_product(i64 tokens, i64 rows, i64 padded, const T* a, const T* b, T* sum, Upcoming& upcoming) {
-  for_tiles<T, kRows, kPadded>(kRows ? kRows : rows, kPadded ? kPadded : padded,
-                               OuterTile<T, kPadded>{a, b, sum, tokens, padded}, upcoming);
+/// sum += a^T b, for `tokens` rows of a and b; sum is dim x padded.
+template <class T, int kPadded>
+void outer_product(i64 tokens, i64 dim, i64 padded, const T* a, const T* b, T* sum, Upcoming& upcoming) {
+  for_tiles<T, kPadded, kPadded>(dim, kPadded ? kPadded : padded,
+                                 OuterTile<T, kPadded, true>{a, b, sum, tokens, padded}, upcoming);
+}
+
+/// out = the first `rows` rows of a^T b.
+template <class T, int kPadded>
+void partial_outer_product(i64 tokens, i64 rows, i64 padded, const T* a, const T* b, T* out,
+                           Upcoming& upcoming) {
+  for_tiles<T, 0, kPadded>(rows, kPadded ? kPadded : padded,
+                           OuterTile<T, kPadded, false>{a, b, out, tokens, padded}, upcoming);
 }
 
 /// The products for one head width; the common ones are compiled in.
@@ -166,15 +178,15 @@ struct Gemm {
   // For scores, whose rows and columns may be fewer than a head's.
   void (*partial_product)(i64 tokens, i64 steps, i64 columns, i64 padded, const T* a, const T* b,
                           const T* factor, T* out, Upcoming& upcoming);
-  void (*partial_outer_product)(i64 tokens, i64 rows, i64 padded, const T* a, const T* b, T* sum,
+  void (*partial_outer_product)(i64 tokens, i64 rows, i64 padded, const T* a, const T* b, T* out,
                                 Upcoming& upcoming);
 
   template <int kPadded>
   static Gemm make() {
     constexpr int kWhole = kPadded % kLanes<T> == 0 ? kPadded : 0;
     constexpr int kScored = kPadded == 64 ? 64 : 0;  // PVT's
-    return {&FLATTEN_ISA::product<T, kWhole>, &FLATTEN_ISA::outer_product<T, kWhole, kWhole>,
-            &FLATTEN_ISA::partial_product<T, kScored>, &FLATTEN_ISA::outer_product<T, 0, kScored>};
+    return {&FLATTEN_ISA::product<T, kWhole>, &FLATTEN_ISA::outer_product<T, kWhole>,
+            &FLATTEN_ISA::partial_product<T, kScored>, &FLATTEN_ISA::partial_outer_product<T, kScored>};
   }
   static Gemm select(i64 dim, i64 padded) {
     if constexpr (sizeof(T) == 4) {

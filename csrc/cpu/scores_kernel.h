@@ -25,7 +25,6 @@ class Scores {
  public:
   T* z;  // features of the keys, head-major
   Norms<T> norms;
-  T* values;                   // V of one head
   T *rows, *gradients;         // A and dA of one head
   T *grad_keys, *grad_values;  // factor dK and dV, head-major
   T ones[kBlock];
@@ -36,7 +35,8 @@ class Scores {
     columns_ = ceil_div(keys, kLanes<T>) * kLanes<T>;
     gemm_ = Gemm<T>::select(c.dim, c.padded);
     z = arena.take<T>(c.block());
-    values = arena.take<T>(c.head_stride());
+    values_stride_ = backward ? c.head_stride() : 0;
+    values_ = arena.take<T>(backward ? c.block() : c.head_stride());
     rows = arena.take<T>(c.head_stride());
     transposed_ = arena.take<T>(c.matrix());
     if (!backward) return;
@@ -47,8 +47,10 @@ class Scores {
 
   /// Before the first window.
   void clear() {
-    for (i64 h = 0; h < c_.heads; ++h) clear_rest(z + h * c_.head_stride());
-    clear_rest(values);
+    for (i64 h = 0; h < c_.heads; ++h) {
+      clear_rest(z + h * c_.head_stride());
+      clear_rest(values(h));
+    }
     for (T& w : weight_) w = 0;
     for (T& one : ones) one = 1;
   }
@@ -56,6 +58,13 @@ class Scores {
   /// After the keys were mapped.
   void weigh_keys() {
     for (int j = 0; j < keys_; ++j) weight_[j] = norms.factor[j] / static_cast<T>(keys_);
+  }
+
+  /// V of one head; the backward keeps all of them.
+  T* values(i64 h) const { return values_ + h * values_stride_; }
+  template <class X>
+  void pack_values(i64 h, const Rows<const X>& rows) const {
+    pack_head(rows, keys_, h, c_, ones, values(h));
   }
 
   /// A of one head, and a.
@@ -75,15 +84,15 @@ class Scores {
     for (int t = 0; t < count; ++t) a[t] = 1 / (a[t] + rest[t]);
   }
 
-  /// out = a A V
-  void attend(int count, const T* a, T* out, Upcoming& upcoming) const {
-    gemm_.partial_product(count, keys_, c_.padded, c_.padded, rows, values, a, out, upcoming);
+  /// out = a A V of one head.
+  void attend(i64 h, int count, const T* a, T* out, Upcoming& upcoming) const {
+    gemm_.partial_product(count, keys_, c_.padded, c_.padded, rows, values(h), a, out, upcoming);
   }
 
   /// dA of one head from g = a grad_out, and b; then factor dQ.
   void differentiate(i64 h, int count, const T* g, const T* a, T* b, T* grad_queries,
                      Upcoming& upcoming) const {
-    transpose(values, transposed_, columns_, c_.dim, c_.padded);
+    transpose(values(h), transposed_, columns_, c_.dim, c_.padded);
     gemm_.partial_product(count, c_.dim, columns_, c_.padded, g, transposed_, ones, gradients, upcoming);
     sum_rows<T>(count, b, [&](int t) FLATTEN_INLINED {
       return dot_lanes(rows + t * c_.padded, gradients + t * c_.padded, columns_);
@@ -102,8 +111,6 @@ class Scores {
   /// factor dK and dV of one head.
   void differentiate_keys(i64 h, int count, const T* queries, const T* g, Upcoming& upcoming) const {
     T *to_keys = grad_keys + h * c_.head_stride(), *to_values = grad_values + h * c_.head_stride();
-    set_zero(to_keys, keys_ * c_.padded);
-    set_zero(to_values, keys_ * c_.padded);
     gemm_.partial_outer_product(count, keys_, c_.padded, gradients, queries, to_keys, upcoming);
     gemm_.partial_outer_product(count, keys_, c_.padded, rows, g, to_values, upcoming);
   }
@@ -115,7 +122,8 @@ class Scores {
   int keys_;
   i64 columns_;  // of A: the keys, in whole vectors
   Gemm<T> gemm_;
-  T* transposed_;
+  T *values_, *transposed_;
+  i64 values_stride_;
   T weight_[kBlock];  // factor / M of every key
 };
 
