@@ -13,8 +13,8 @@
 #include <immintrin.h>
 #endif
 
-// Without optimization these are functions to step through, which compile in a third of the time.
-#if defined(__OPTIMIZE__)
+// Plain functions without optimization and in sanitizer builds, where forced inlining would take minutes.
+#if defined(__OPTIMIZE__) && !defined(__SANITIZE_ADDRESS__)
 #define FLATTEN_INLINE inline __attribute__((always_inline))
 /// Of a lambda, behind its parameters.
 #define FLATTEN_INLINED __attribute__((always_inline))
