@@ -56,7 +56,7 @@ class BackwardKernel : BackwardMemory<X> {
       prepare_taps(scratch);
       const i64 end = schedule.begin(schedule.whole, slot + 1);
       for (i64 pair = schedule.begin(schedule.whole, slot); pair < end; ++pair) {
-        if (by_scores_ && needs_attention()) {
+        if (by_scores_) {
           scratch.values_of_window = Base::score_keys(pair, scratch.focus, scratch.scores);
           query_pass(pair, 0, queries_.tokens(), scratch, scratch.gradients);
         } else if (needs_attention()) {
@@ -235,8 +235,7 @@ class BackwardKernel : BackwardMemory<X> {
     const T* z = by_scores_ ? scratch.scores.z : features.z;
     const T* gradients = by_scores_ ? scratch.scores.grad_keys : scratch.gradient;
     const Norms<T>& norms = by_scores_ ? scratch.scores.norms : features.norms;
-    const bool has_values = by_scores_ && needs_attention();
-    const bool packs_values = (p_.grad_weight && !has_values) || (needs_key_rows_ && !by_scores_);
+    const bool packs_values = !by_scores_ && (p_.grad_weight || needs_key_rows_);
     const T mean = 1 / static_cast<T>(geometry_.window_keys());
     T ones[kBlock], weight[kBlock];
     for (T& one : ones) one = 1;
@@ -279,7 +278,7 @@ class BackwardKernel : BackwardMemory<X> {
         if (needs_key_rows_) add_dots(z + head, gradients + head, block.count, dot);
         const T* dv = by_scores_ ? scratch.scores.grad_values + head : scratch.dv;
         if (has_taps) {
-          taps_head(h, tile, has_values ? scratch.scores.values(h) : scratch.packed, dv, scratch, grad_value,
+          taps_head(h, tile, by_scores_ ? scratch.scores.values(h) : scratch.packed, dv, scratch, grad_value,
                     upcoming);
         } else if (p_.grad_value.data) {
           unpack_head(dv, block.count, h, c_, grad_value);

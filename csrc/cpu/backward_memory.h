@@ -24,7 +24,7 @@ class BackwardMemory : protected AttentionKernel<X> {
         needs_query_rows_(p.grad_query.data || p.grad_scale),
         needs_sums_(needs_key_rows_ || p.grad_value.data),
         needs_ring_(p.taps && (p.grad_value.data || p.grad_weight || p.grad_bias)),
-        by_scores_(Base::can_score()) {}
+        by_scores_(needs_attention() && Base::can_score()) {}
 
   /// dy y and dbias as padded rows, dweight in the kernels' order.
   struct ParameterSums {

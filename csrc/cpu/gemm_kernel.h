@@ -141,8 +141,7 @@ struct OuterTile {
 template <class T, int kPadded>
 void product(i64 tokens, i64 dim, i64 padded, const T* a, const T* b, const T* start, const T* factor, T* out,
              Upcoming& upcoming) {
-  if (kPadded) dim = padded = kPadded;
-  for_tiles<T, 0, kPadded>(tokens, padded,
+  for_tiles<T, 0, kPadded>(tokens, kPadded ? kPadded : padded,
                            ProductTile<T, kPadded, true>{a, b, start, factor, out, dim, padded}, upcoming);
 }
 
