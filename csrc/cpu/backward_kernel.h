@@ -42,20 +42,12 @@ class BackwardKernel : BackwardMemory<X> {
                            element_size(p_.grad_key_bias.dtype) == static_cast<i64>(sizeof(T));
     lay_out_in(shared_workspace, [&](Arena& arena) { Memory::lay_out(arena, shared, slots); });
     clear(shared.parameters, slots);
-    // The gradient of key_bias may be as large as the keys, so all slots clear and sum it. That of a single
-    // pair is stored, not added.
-    const i64 bias_rows = p_.grad_key_bias ? keys_.tokens() : 0;
-    if (Base::pairs() > 1) {
-      for_each_run(parallel, slots, shared.bias_slots * bias_rows, [&](i64 begin, i64 end) {
-        set_zero(shared.key_bias + begin * c_.padded_count(), (end - begin) * c_.padded_count());
-      });
-    }
 
     auto whole = [&](int slot) {
       Scratch scratch = make_scratch(shared, slot);
       prepare_taps(scratch);
-      const i64 end = schedule.begin(schedule.whole, slot + 1);
-      for (i64 pair = schedule.begin(schedule.whole, slot); pair < end; ++pair) {
+      const i64 first = schedule.begin(schedule.whole, slot), end = schedule.begin(schedule.whole, slot + 1);
+      for (i64 pair = first; pair < end; ++pair) {
         if (by_scores_) {
           scratch.values_of_window = Base::score_keys(pair, scratch.focus, scratch.scores);
           query_pass(pair, 0, queries_.tokens(), scratch, scratch.gradients);
@@ -70,14 +62,14 @@ class BackwardKernel : BackwardMemory<X> {
           query_pass(pair, 0, queries_.tokens(), scratch, scratch.gradients);
           transpose_matrices(scratch.gradients.s, scratch.transposed);
         }
-        key_pass(pair, 0, tiling_.count(), scratch);
+        key_pass(pair, 0, tiling_.count(), pair == first, scratch);
       }
     };
     if (schedule.whole > 0) for_each_slot(parallel, slots, whole);
     for (i64 pair = schedule.whole; pair < schedule.pairs; ++pair)
       run_shared(parallel, schedule, pair, shared);
     if (!shared.bias_in_place) {
-      for_each_run(parallel, slots, bias_rows,
+      for_each_run(parallel, slots, p_.grad_key_bias ? keys_.tokens() : 0,
                    [&](i64 begin, i64 end) { Memory::write_key_bias_gradient(shared, begin, end); });
     }
     Memory::write_gradients(shared, slots);
@@ -112,7 +104,7 @@ class BackwardKernel : BackwardMemory<X> {
         transpose_matrices(scratch.gradients.s, scratch.transposed);
       }
       key_pass(pair, schedule.begin(tiling_.count(), slot), schedule.begin(tiling_.count(), slot + 1),
-               scratch);
+               pair == 0, scratch);
     };
     if (needs_attention()) {
       if (!state_of(pair)) for_each_slot(parallel, slots, sum);
@@ -228,8 +220,9 @@ class BackwardKernel : BackwardMemory<X> {
     }
   }
 
-  /// dk, dv and their part of dscale, dkey_bias, dweight, dbias of tiles [begin, end) of a window.
-  void key_pass(i64 pair, i64 begin, i64 end, Scratch& scratch) const {
+  /// dk, dv and their part of dscale, dkey_bias, dweight, dbias of tiles [begin, end) of a window. The sum of
+  /// key_bias's gradient, which may be as large as the keys, is not cleared but begun by the `is_first` pair.
+  void key_pass(i64 pair, i64 begin, i64 end, bool is_first, Scratch& scratch) const {
     const i64 image = Base::image(pair), window = Base::window(pair);
     Features<T>& features = scratch.features;
     const T* z = by_scores_ ? scratch.scores.z : features.z;
@@ -284,7 +277,7 @@ class BackwardKernel : BackwardMemory<X> {
           unpack_head(dv, block.count, h, c_, grad_value);
         }
       }
-      if (needs_key_rows_) key_rows(block, gradients, norms, dot, scratch);
+      if (needs_key_rows_) key_rows(block, gradients, norms, dot, is_first, scratch);
       if ((index + 1) % kChainBlocks == 0 || index + 1 == end) end_chain(scratch);
     }
   }
@@ -324,11 +317,11 @@ class BackwardKernel : BackwardMemory<X> {
   }
 
   /// dk of a block from r = factor dK.
-  void key_rows(const Block& block, const T* r, const Norms<T>& norms, const T* dot,
+  void key_rows(const Block& block, const T* r, const Norms<T>& norms, const T* dot, bool is_first,
                 const Scratch& scratch) const {
     const Rows<X> dx = rows_of<X>(p_.grad_key, block);
     const RowGradients<X, T> to{p_.grad_key.data ? dx.at : nullptr, scratch.key_bias_sum,
-                                p_.grad_scale ? scratch.chain.scale : nullptr, Base::pairs() == 1};
+                                p_.grad_scale ? scratch.chain.scale : nullptr, is_first};
     focus_key_.backward(rows_of<X>(in_.key, block).at, Base::bias_rows(block), block.count, r, c_,
                         scratch.focus, norms, dot, to);
   }
