@@ -19,7 +19,7 @@ inline bool scores_pay(i64 queries, i64 keys, i64 dim) {
 }
 
 /// What is kept of a window's keys, and what one head computes from them. Rows lie `padded` apart; those of z
-/// and `values` behind the last key are zeros.
+/// and `values` behind the last key, up to whole vectors of keys, are zeros.
 template <class T>
 class Scores {
  public:
@@ -116,7 +116,7 @@ class Scores {
   }
 
  private:
-  void clear_rest(T* block) const { set_zero(block + keys_ * c_.padded, (kBlock - keys_) * c_.padded); }
+  void clear_rest(T* block) const { set_zero(block + keys_ * c_.padded, (columns_ - keys_) * c_.padded); }
 
   Channels c_;
   int keys_;
