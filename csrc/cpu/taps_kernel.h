@@ -15,13 +15,20 @@ FLATTEN_INLINE void convolve_outputs(const T* const* rows, i64 offset, const T* 
     const T* in = immediate_offsets(rows[dy] + offset);
     const T* w = weights + dy * kernel_w * kV;
     if constexpr (kKernelW != 0) {
-      Vec<T> wv[kKernelW];
-      unrolled<kKernelW>([&](auto k) FLATTEN_INLINED { wv[k] = load(w + k * kV); });
+      // The weights that find no register beside the sums stay in memory, read by every operation anew.
+      constexpr int kHeld = static_cast<int>(smaller(kKernelW, kRegisters - 1 - R));
+      Vec<T> held[kHeld];
+      unrolled<kHeld>([&](auto k) FLATTEN_INLINED { held[k] = load(w + k * kV); });
       unrolled<R + kKernelW - 1>([&](auto i) FLATTEN_INLINED {
         const Vec<T> v = in_register(load(in + i * kV));
+        const T* others = kHeld < kKernelW ? immediate_offsets(w) : w;
         unrolled<kKernelW>([&](auto k) FLATTEN_INLINED {
-          constexpr int kOutput = decltype(i)::value - decltype(k)::value;
-          if constexpr (kOutput >= 0 && kOutput < R) sums[kOutput] = fma(v, wv[k], sums[kOutput]);
+          constexpr int kTap = decltype(k)::value, kOutput = decltype(i)::value - kTap;
+          if constexpr (kOutput >= 0 && kOutput < R && kTap < kHeld) {
+            sums[kOutput] = fma(v, held[kTap], sums[kOutput]);
+          } else if constexpr (kOutput >= 0 && kOutput < R) {
+            sums[kOutput] = fma(v, load(others + kTap * kV), sums[kOutput]);
+          }
         });
       });
     } else {
@@ -33,11 +40,11 @@ FLATTEN_INLINE void convolve_outputs(const T* const* rows, i64 offset, const T* 
   }
 }
 
-/// Outputs whose sums, beside a row of weights, fill the registers.
+/// Outputs of a run: enough sums under way to hide each other's latency.
 template <class T>
 constexpr int most_outputs() {
   if (sizeof(T) == 8) return 4;  // fewer to compile
-  return kRegisters == 32 ? 14 : 8;
+  return kRegisters == 32 || kVectorBytes == 32 ? 14 : 8;
 }
 
 /// What the taps of one head are added to, and where the result goes.
