@@ -187,14 +187,11 @@ class AttentionKernel {
     }
   }
 
-  /// Maps a small window's keys for its scores; returns the rows of its values.
-  Rows<const X> score_keys(i64 pair, const FocusParameters<T>& f, Scores<T>& scores) const {
-    Block keys;
-    first_block(keys_, pair, keys);
+  /// Maps a small window's keys for its scores.
+  void score_keys(const Block& keys, const FocusParameters<T>& f, Scores<T>& scores) const {
     focus_key_.forward(rows_of<X>(in_.key, keys).at, bias_rows(keys), keys.count, scores.z, c_, f,
                        scores.norms);
     scores.weigh_keys();
-    return rows_of<X>(in_.value, keys);
   }
 
   /// Adds what a block's keys will read of key_bias.

@@ -5,7 +5,7 @@
 //     key pass     dK = (V dS^T + dm) / M             dV = K dS / M + flipped taps of g
 //
 // W gives both dQ and the quotient's derivative, so the output is not computed again. Small windows go by
-// scores_kernel.h instead, all but what follows dQ, dK and dV.
+// scores_kernel.h instead, both passes in one.
 #pragma once
 
 #include "backward_memory.h"
@@ -49,9 +49,10 @@ class BackwardKernel : BackwardMemory<X> {
       const i64 first = schedule.begin(schedule.whole, slot), end = schedule.begin(schedule.whole, slot + 1);
       for (i64 pair = first; pair < end; ++pair) {
         if (by_scores_) {
-          scratch.values_of_window = Base::score_keys(pair, scratch.focus, scratch.scores);
-          query_pass(pair, 0, queries_.tokens(), scratch, scratch.gradients);
-        } else if (needs_attention()) {
+          score_pass(pair, pair == first, scratch);
+          continue;
+        }
+        if (needs_attention()) {
           if (!state_of(pair)) {
             clear(scratch.sums);
             Base::sum_keys(pair, 0, keys_.tokens(), scratch.focus, scratch.features, scratch.packed,
@@ -144,19 +145,9 @@ class BackwardKernel : BackwardMemory<X> {
       for (int t = 0; t < block.count; ++t) rest[t] = eps_ / features.norms.factor[t];
       const Rows<const X> grad_out = rows_of<X>(p_.grad_out, block);
       T dot[kBlock] = {};
-      for (i64 h = 0; h < c_.heads; ++h) {
-        if (by_scores_) {
-          score_head(h, block.count, grad_out, rest, scratch, dot, upcoming);
-        } else {
-          query_head(h, block.count, grad_out, rest, scratch, gradients, dot, upcoming);
-        }
-      }
-      if (!needs_query_rows_) continue;
-      const Rows<X> dx = rows_of<X>(p_.grad_query, block);
-      const RowGradients<X, T> to{p_.grad_query.data ? dx.at : nullptr, nullptr,
-                                  p_.grad_scale ? scratch.chain.scale : nullptr};
-      focus_query_.backward(rows_of<X>(in_.query, block).at, {}, block.count, scratch.gradient, c_,
-                            scratch.focus, features.norms, dot, to);
+      for (i64 h = 0; h < c_.heads; ++h)
+        query_head(h, block.count, grad_out, rest, scratch, gradients, dot, upcoming);
+      if (needs_query_rows_) query_rows(block, dot, scratch);
     }
   }
 
@@ -179,19 +170,48 @@ class BackwardKernel : BackwardMemory<X> {
     gemm_.outer_product(count, c_.dim, c_.padded, z, g, gradients.s + h * c_.matrix(), upcoming);
   }
 
-  /// The same of a small window, with factor dK and dV in place of dS and dm.
-  void score_head(i64 h, int count, const Rows<const X>& grad_out, const T* rest, const Scratch& scratch,
-                  T* dot, Upcoming& upcoming) const {
+  /// Everything of a small window, head by head, by its scores.
+  void score_pass(i64 pair, bool is_first, Scratch& scratch) const {
     const Scores<T>& scores = scratch.scores;
-    const T* z = scratch.features.z + h * c_.head_stride();
-    T* g = scratch.packed;
-    T a[kBlock], b[kBlock];
-    scores.score(h, count, z, rest, a, upcoming);
-    pack_head(grad_out, count, h, c_, a, g);
-    scores.pack_values(h, scratch.values_of_window);
-    scores.differentiate(h, count, g, a, b, scratch.gradient + h * c_.head_stride(), upcoming);
-    for (int t = 0; t < count; ++t) dot[t] += b[t] * rest[t];
-    if (needs_sums_) scores.differentiate_keys(h, count, z, g, upcoming);
+    const Features<T>& features = scratch.features;
+    Block queries, keys, next;
+    Base::first_block(queries_, pair, queries);
+    Base::first_block(keys_, pair, keys);
+    const Tile tile = tile_at(keys_, tiling_, 0);
+    Upcoming upcoming;
+    upcoming.plan(c_.heads * (5 * Base::head_steps(queries.count) +
+                              (needs_ring_ ? convolve_steps<T>(tile, c_.padded) : 0)));
+    Base::first_block(keys_, pair + 1, next);
+    expect_keys(next, upcoming);
+    Base::first_block(queries_, pair + 1, next);
+    expect_queries(next, upcoming);
+
+    Base::score_keys(keys, scratch.focus, scratch.scores);
+    Base::map_queries(queries, scratch.focus, scratch.features);
+    if (needs_ring_) {
+      scratch.ring.forget();
+      scratch.ring.begin_tile(p_.grad_out, keys_, keys.image, Base::window(pair), tile);
+    }
+    const Rows<const X> values = rows_of<X>(in_.value, keys), grad_out = rows_of<X>(p_.grad_out, queries);
+    const Rows<X> grad_value = rows_of<X>(p_.grad_value, keys);
+    T rest[kBlock], a[kBlock], b[kBlock], query_dot[kBlock] = {}, key_dot[kBlock] = {};
+    for (int t = 0; t < queries.count; ++t) rest[t] = eps_ / features.norms.factor[t];
+    for (i64 h = 0; h < c_.heads; ++h) {
+      const i64 head = h * c_.head_stride();
+      const T* z = features.z + head;
+      scores.score(h, queries.count, z, rest, a, upcoming);
+      pack_head(grad_out, queries.count, h, c_, a, scratch.packed);
+      scores.pack_values(h, values);
+      scores.differentiate(h, queries.count, scratch.packed, a, b, scratch.gradient + head, upcoming);
+      for (int t = 0; t < queries.count; ++t) query_dot[t] += b[t] * rest[t];
+      if (needs_sums_) scores.differentiate_keys(h, queries.count, z, scratch.packed, upcoming);
+      if (needs_key_rows_) add_dots(scores.z + head, scores.grad_keys + head, keys.count, key_dot);
+      value_head(h, keys.count, needs_ring_ ? &tile : nullptr, scores.values, scores.grad_values, scratch,
+                 grad_value, upcoming);
+    }
+    if (needs_query_rows_) query_rows(queries, query_dot, scratch);
+    if (needs_key_rows_) key_rows(keys, scores.grad_keys, scores.norms, key_dot, is_first, scratch);
+    end_chain(scratch);
   }
 
   void expect_queries(const Block& block, Upcoming& upcoming) const {
@@ -225,10 +245,7 @@ class BackwardKernel : BackwardMemory<X> {
   void key_pass(i64 pair, i64 begin, i64 end, bool is_first, Scratch& scratch) const {
     const i64 image = Base::image(pair), window = Base::window(pair);
     Features<T>& features = scratch.features;
-    const T* z = by_scores_ ? scratch.scores.z : features.z;
-    const T* gradients = by_scores_ ? scratch.scores.grad_keys : scratch.gradient;
-    const Norms<T>& norms = by_scores_ ? scratch.scores.norms : features.norms;
-    const bool packs_values = !by_scores_ && (p_.grad_weight || needs_key_rows_);
+    const bool packs_values = p_.grad_weight || needs_key_rows_;
     const T mean = 1 / static_cast<T>(geometry_.window_keys());
     T ones[kBlock], weight[kBlock];
     for (T& one : ones) one = 1;
@@ -242,7 +259,7 @@ class BackwardKernel : BackwardMemory<X> {
       Block& next = blocks[turn ^ 1];
       const Tile tile = tile_at(keys_, tiling_, index);
       const bool has_taps = needs_ring_ && !tile.is_prefix;
-      upcoming.plan(c_.heads * ((by_scores_ ? 0 : 2) * Base::head_steps(block.count) +
+      upcoming.plan(c_.heads * (2 * Base::head_steps(block.count) +
                                 (has_taps ? convolve_steps<T>(tile, c_.padded) : 0)));
       if (index + 1 < end) {
         const Tile next_tile = tile_at(keys_, tiling_, index + 1);
@@ -256,7 +273,7 @@ class BackwardKernel : BackwardMemory<X> {
         Base::first_block(queries_, pair + 1, next);
         expect_queries(next, upcoming);
       }
-      if (needs_sums_ && !by_scores_) {
+      if (needs_sums_) {
         Base::map_keys(block, scratch.focus, features);
         for (int t = 0; t < block.count; ++t) weight[t] = features.norms.factor[t] * mean;
       }
@@ -266,32 +283,32 @@ class BackwardKernel : BackwardMemory<X> {
       T dot[kBlock] = {};
       for (i64 h = 0; h < c_.heads; ++h) {
         if (packs_values) pack_head(values, block.count, h, c_, ones, scratch.packed);
-        if (!by_scores_) key_products(h, block.count, weight, scratch, upcoming);
+        key_products(h, block.count, weight, scratch, upcoming);
         const i64 head = h * c_.head_stride();
-        if (needs_key_rows_) add_dots(z + head, gradients + head, block.count, dot);
-        const T* dv = by_scores_ ? scratch.scores.grad_values + head : scratch.dv;
-        if (has_taps) {
-          taps_head(h, tile, by_scores_ ? scratch.scores.values(h) : scratch.packed, dv, scratch, grad_value,
-                    upcoming);
-        } else if (p_.grad_value.data) {
-          unpack_head(dv, block.count, h, c_, grad_value);
-        }
+        if (needs_key_rows_) add_dots(features.z + head, scratch.gradient + head, block.count, dot);
+        value_head(h, block.count, has_taps ? &tile : nullptr, scratch.packed, scratch.dv, scratch,
+                   grad_value, upcoming);
       }
-      if (needs_key_rows_) key_rows(block, gradients, norms, dot, is_first, scratch);
+      if (needs_key_rows_) key_rows(block, scratch.gradient, features.norms, dot, is_first, scratch);
       if ((index + 1) % kChainBlocks == 0 || index + 1 == end) end_chain(scratch);
     }
   }
 
-  void taps_head(i64 h, const Tile& tile, const T* values, const T* dv, Scratch& scratch,
-                 const Rows<X>& grad_value, Upcoming& upcoming) const {
+  /// One head's dv, and its part of dweight and dbias, of a tile; null: of tokens without taps.
+  void value_head(i64 h, int count, const Tile* tile, const T* values, const T* dv, Scratch& scratch,
+                  const Rows<X>& grad_value, Upcoming& upcoming) const {
+    if (!tile) {
+      if (p_.grad_value.data) unpack_head(dv, count, h, c_, grad_value);
+      return;
+    }
     scratch.ring.stage_head(h);
     const i64 weights = shape_.weight_vector(h, 0);
     if (p_.grad_value.data) {
       const TapsOutput<X, T> to{dv, scratch.zero_bias, grad_value.at, h * c_.dim};
-      taps_.convolve(scratch.ring, scratch.weights + weights, tile, to, upcoming);
+      taps_.convolve(scratch.ring, scratch.weights + weights, *tile, to, upcoming);
     }
-    if (p_.grad_weight) taps_.correlate(scratch.ring, values, tile, scratch.chain.weight + weights);
-    if (p_.grad_bias) sum_head(scratch.ring, tile, scratch.chain.bias + h * c_.padded);
+    if (p_.grad_weight) taps_.correlate(scratch.ring, values, *tile, scratch.chain.weight + weights);
+    if (p_.grad_bias) sum_head(scratch.ring, *tile, scratch.chain.bias + h * c_.padded);
   }
 
   /// factor dK and dV of one head of a block; `weight`: factor / M.
@@ -314,6 +331,15 @@ class BackwardKernel : BackwardMemory<X> {
       return dot_lanes(z + t * c_.padded, r + t * c_.padded, c_.padded);
     });
     for (int t = 0; t < count; ++t) dot[t] += head[t];
+  }
+
+  /// dq of a block from scratch.gradient = factor dQ.
+  void query_rows(const Block& block, const T* dot, const Scratch& scratch) const {
+    const Rows<X> dx = rows_of<X>(p_.grad_query, block);
+    const RowGradients<X, T> to{p_.grad_query.data ? dx.at : nullptr, nullptr,
+                                p_.grad_scale ? scratch.chain.scale : nullptr};
+    focus_query_.backward(rows_of<X>(in_.query, block).at, {}, block.count, scratch.gradient, c_,
+                          scratch.focus, scratch.features.norms, dot, to);
   }
 
   /// dk of a block from r = factor dK.

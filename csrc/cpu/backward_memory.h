@@ -50,7 +50,6 @@ class BackwardMemory : protected AttentionKernel<X> {
     Sums<T> sums, gradients;
     T* transposed;  // S^T in the query pass, dS^T in the key pass
     Scores<T> scores;
-    Rows<const X> values_of_window;  // by scores
     T *weights, *zero_bias;
     TapsRing<X, T> ring;
     ParameterSums chain, total;  // of the tokens since the last end_chain; of this slot, in Shared

@@ -32,7 +32,10 @@ class ForwardKernel : AttentionKernel<X> {
       const i64 end = schedule.begin(schedule.whole, slot + 1);
       for (i64 pair = schedule.begin(schedule.whole, slot); pair < end; ++pair) {
         if (by_scores_) {
-          scratch.values_of_window = Base::score_keys(pair, scratch.focus, scratch.scores);
+          Block keys;
+          Base::first_block(keys_, pair, keys);
+          Base::score_keys(keys, scratch.focus, scratch.scores);
+          scratch.values_of_window = rows_of<X>(in_.value, keys);
         } else {
           clear(scratch.sums);
           Base::sum_keys(pair, 0, keys_.tokens(), scratch.focus, scratch.features, scratch.values,
@@ -186,7 +189,7 @@ class ForwardKernel : AttentionKernel<X> {
     T inverse[kBlock];
     scores.pack_values(h, scratch.values_of_window);
     scores.score(h, count, scratch.features.z + h * c_.head_stride(), rest, inverse, upcoming);
-    scores.attend(h, count, inverse, scratch.attended, upcoming);
+    scores.attend(count, inverse, scratch.attended, upcoming);
   }
 
   MutableTokens out_;

@@ -25,8 +25,10 @@ class Scores {
  public:
   T* z;  // features of the keys, head-major
   Norms<T> norms;
-  T *rows, *gradients;         // A and dA of one head
-  T *grad_keys, *grad_values;  // factor dK and dV, head-major
+  T* values;            // of one head
+  T *rows, *gradients;  // A and dA of one head
+  T* grad_keys;         // factor dK, head-major
+  T* grad_values;       // dV of one head
   T ones[kBlock];
 
   void take(Arena& arena, Channels c, int keys, bool backward) {
@@ -35,22 +37,19 @@ class Scores {
     columns_ = ceil_div(keys, kLanes<T>) * kLanes<T>;
     gemm_ = Gemm<T>::select(c.dim, c.padded);
     z = arena.take<T>(c.block());
-    values_stride_ = backward ? c.head_stride() : 0;
-    values_ = arena.take<T>(backward ? c.block() : c.head_stride());
+    values = arena.take<T>(c.head_stride());
     rows = arena.take<T>(c.head_stride());
     transposed_ = arena.take<T>(c.matrix());
     if (!backward) return;
     gradients = arena.take<T>(c.head_stride());
     grad_keys = arena.take<T>(c.block());
-    grad_values = arena.take<T>(c.block());
+    grad_values = arena.take<T>(c.head_stride());
   }
 
   /// Before the first window.
   void clear() {
-    for (i64 h = 0; h < c_.heads; ++h) {
-      clear_rest(z + h * c_.head_stride());
-      clear_rest(values(h));
-    }
+    for (i64 h = 0; h < c_.heads; ++h) clear_rest(z + h * c_.head_stride());
+    clear_rest(values);
     for (T& w : weight_) w = 0;
     for (T& one : ones) one = 1;
   }
@@ -60,11 +59,10 @@ class Scores {
     for (int j = 0; j < keys_; ++j) weight_[j] = norms.factor[j] / static_cast<T>(keys_);
   }
 
-  /// V of one head; the backward keeps all of them.
-  T* values(i64 h) const { return values_ + h * values_stride_; }
+  /// V of one head.
   template <class X>
   void pack_values(i64 h, const Rows<const X>& rows) const {
-    pack_head(rows, keys_, h, c_, ones, values(h));
+    pack_head(rows, keys_, h, c_, ones, values);
   }
 
   /// A of one head, and a.
@@ -84,15 +82,15 @@ class Scores {
     for (int t = 0; t < count; ++t) a[t] = 1 / (a[t] + rest[t]);
   }
 
-  /// out = a A V of one head.
-  void attend(i64 h, int count, const T* a, T* out, Upcoming& upcoming) const {
-    gemm_.partial_product(count, keys_, c_.padded, c_.padded, rows, values(h), a, out, upcoming);
+  /// out = a A V of the head whose scores and values were formed last.
+  void attend(int count, const T* a, T* out, Upcoming& upcoming) const {
+    gemm_.partial_product(count, keys_, c_.padded, c_.padded, rows, values, a, out, upcoming);
   }
 
   /// dA of one head from g = a grad_out, and b; then factor dQ.
   void differentiate(i64 h, int count, const T* g, const T* a, T* b, T* grad_queries,
                      Upcoming& upcoming) const {
-    transpose(values(h), transposed_, columns_, c_.dim, c_.padded);
+    transpose(values, transposed_, columns_, c_.dim, c_.padded);
     gemm_.partial_product(count, c_.dim, columns_, c_.padded, g, transposed_, ones, gradients, upcoming);
     sum_rows<T>(count, b, [&](int t) FLATTEN_INLINED {
       return dot_lanes(rows + t * c_.padded, gradients + t * c_.padded, columns_);
@@ -110,9 +108,9 @@ class Scores {
 
   /// factor dK and dV of one head.
   void differentiate_keys(i64 h, int count, const T* queries, const T* g, Upcoming& upcoming) const {
-    T *to_keys = grad_keys + h * c_.head_stride(), *to_values = grad_values + h * c_.head_stride();
-    gemm_.partial_outer_product(count, keys_, c_.padded, gradients, queries, to_keys, upcoming);
-    gemm_.partial_outer_product(count, keys_, c_.padded, rows, g, to_values, upcoming);
+    gemm_.partial_outer_product(count, keys_, c_.padded, gradients, queries, grad_keys + h * c_.head_stride(),
+                                upcoming);
+    gemm_.partial_outer_product(count, keys_, c_.padded, rows, g, grad_values, upcoming);
   }
 
  private:
@@ -122,8 +120,7 @@ class Scores {
   int keys_;
   i64 columns_;  // of A: the keys, in whole vectors
   Gemm<T> gemm_;
-  T *values_, *transposed_;
-  i64 values_stride_;
+  T* transposed_;
   T weight_[kBlock];  // factor / M of every key
 };
 
