@@ -90,6 +90,8 @@ CASES = {
     "one-token": Case(size=(1, 1)),
     # Fewer tokens than a head has channels:
     "small-7x7": Case(size=(7, 7), heads=2, head_dim=64),
+    "small-6x6": Case(size=(6, 6), heads=2, head_dim=64),
+    "small-5x2": Case(size=(5, 2), heads=2, head_dim=48),
     "small-windows": Case(window=(4, 4), size=(8, 12), shift=(1, 3), heads=3, head_dim=32),
     "small-cross": Case(kernel=None, keys=13, size=(4, 5), head_dim=40),
     "small-prefix": Case(prefix=2, size=(3, 5), head_dim=64),

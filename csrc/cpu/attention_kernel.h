@@ -56,12 +56,6 @@ void add_weighted_rows(const T* rows, const T* weight, int count, i64 padded, T*
   if (d < padded) columns(Constant<1>{}, d);
 }
 
-/// dots[t] = rows[t] . m
-template <class T>
-void row_dots(const T* rows, const T* m, int count, i64 padded, T* dots) {
-  sum_rows<T>(count, dots, [&](int t) FLATTEN_INLINED { return dot_lanes(rows + t * padded, m, padded); });
-}
-
 template <class X>
 class AttentionKernel {
  public:

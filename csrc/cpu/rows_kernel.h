@@ -160,6 +160,11 @@ FLATTEN_INLINE Vec<T> dot_lanes(const T* a, const T* b, i64 padded) {
   for (i64 d = kLanes<T>; d < padded; d += kLanes<T>) dot = fma(load(a + d), load(b + d), dot);
   return dot;
 }
+/// dots[t] = rows[t] . m
+template <class T>
+void row_dots(const T* rows, const T* m, int count, i64 padded, T* dots) {
+  sum_rows<T>(count, dots, [&](int t) FLATTEN_INLINED { return dot_lanes(rows + t * padded, m, padded); });
+}
 
 template <class X>
 FLATTEN_INLINE const X* elements_of(const Parameter& p) {

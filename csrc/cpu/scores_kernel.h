@@ -35,6 +35,9 @@ class Scores {
     c_ = c;
     keys_ = keys;
     columns_ = ceil_div(keys, kLanes<T>) * kLanes<T>;
+    // 49 keys are 48 and one.
+    const i64 rest = keys % kLanes<T>;
+    by_product_ = rest <= kMostDots ? keys - rest : columns_;
     gemm_ = Gemm<T>::select(c.dim, c.padded);
     z = arena.take<T>(c.block());
     values = arena.take<T>(c.head_stride());
@@ -67,8 +70,7 @@ class Scores {
 
   /// A of one head, and a.
   void score(i64 h, int count, const T* queries, const T* rest, T* a, Upcoming& upcoming) const {
-    transpose(z + h * c_.head_stride(), transposed_, columns_, c_.dim, c_.padded);
-    gemm_.partial_product(count, c_.dim, columns_, c_.padded, queries, transposed_, ones, rows, upcoming);
+    multiply(count, queries, z + h * c_.head_stride(), rows, upcoming);
     sum_rows<T>(count, a, [&](int t) FLATTEN_INLINED {
       T* row = rows + t * c_.padded;
       Vec<T> total = {};
@@ -90,8 +92,7 @@ class Scores {
   /// dA of one head from g = a grad_out, and b; then factor dQ.
   void differentiate(i64 h, int count, const T* g, const T* a, T* b, T* grad_queries,
                      Upcoming& upcoming) const {
-    transpose(values, transposed_, columns_, c_.dim, c_.padded);
-    gemm_.partial_product(count, c_.dim, columns_, c_.padded, g, transposed_, ones, gradients, upcoming);
+    multiply(count, g, values, gradients, upcoming);
     sum_rows<T>(count, b, [&](int t) FLATTEN_INLINED {
       return dot_lanes(rows + t * c_.padded, gradients + t * c_.padded, columns_);
     });
@@ -114,11 +115,28 @@ class Scores {
   }
 
  private:
+  /// Dot products with a key that take less than a vector of columns.
+  static constexpr int kMostDots = kLanes<T> / 4;
+
+  /// to[t][j] = a[t] . b[j] for every key j, and zeros up to whole vectors.
+  void multiply(int count, const T* a, const T* b, T* to, Upcoming& upcoming) const {
+    transpose(b, transposed_, by_product_, c_.dim, c_.padded);
+    gemm_.partial_product(count, c_.dim, by_product_, c_.padded, a, transposed_, ones, to, upcoming);
+    if (by_product_ == columns_) return;
+    for (int t = 0; t < count; ++t) store(to + t * c_.padded + by_product_, Vec<T>{});
+    T dots[kBlock];
+    for (i64 j = by_product_; j < keys_; ++j) {
+      row_dots(a, b + j * c_.padded, count, c_.padded, dots);
+      for (int t = 0; t < count; ++t) to[t * c_.padded + j] = dots[t];
+    }
+  }
+
   void clear_rest(T* block) const { set_zero(block + keys_ * c_.padded, (columns_ - keys_) * c_.padded); }
 
   Channels c_;
   int keys_;
-  i64 columns_;  // of A: the keys, in whole vectors
+  i64 columns_;     // of A: the keys, in whole vectors
+  i64 by_product_;  // those formed by a product, the rest by dot products
   Gemm<T> gemm_;
   T* transposed_;
   T weight_[kBlock];  // factor / M of every key
