@@ -98,7 +98,7 @@ class BackwardMemory : protected AttentionKernel<X> {
     if (!needs_ring_) return;
     s.weights = arena.take<T>(shape_.weight_elements());
     s.zero_bias = arena.take<T>(c_.padded);
-    s.ring = TapsRing<X, T>(shape_, arena);
+    s.ring = TapsRing<X, T>(shape_, arena, false);
   }
 
   Scratch make_scratch(const Shared& shared, int slot) const {

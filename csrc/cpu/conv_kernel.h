@@ -90,14 +90,14 @@ class ConvKernel {
     return Schedule::make(parallel, g.batch * g.windows(), grid_.tokens(), flops, false);
   }
 
-  void lay_out(Arena& arena, Work& work) const {
+  void lay_out(Arena& arena, Work& work, bool in_place) const {
     work.weights = arena.take<T>(shape_.weight_elements());
     work.bias = arena.take<T>(c_.padded_count());
     work.weight_sum = arena.take<T>(shape_.weight_elements());
     work.bias_sum = arena.take<T>(c_.padded_count());
     work.zeros = arena.take<T>(c_.head_stride());
     work.packed = arena.take<T>(c_.head_stride());
-    work.ring = TapsRing<X, T>(shape_, arena);
+    work.ring = TapsRing<X, T>(shape_, arena, in_place);
   }
 
   /// body(work) for every tile of every window, with `source` in the ring, and end_chain(work) after every
@@ -110,7 +110,7 @@ class ConvKernel {
     auto slot_tiles = [&](int slot) {
       Work work;
       work.slot = slot;
-      lay_out_in(thread_workspace, [&](Arena& arena) { lay_out(arena, work); });
+      lay_out_in(thread_workspace, [&](Arena& arena) { lay_out(arena, work, !transposed); });
       fill_weights(in_.taps, shape_, transposed, work.weights);
       fill_tap_bias(transposed ? Taps{} : in_.taps, c_, work.bias);
       set_zero(work.zeros, c_.head_stride());

@@ -93,7 +93,7 @@ class ForwardKernel : AttentionKernel<X> {
     if (!in_.taps) return;
     s.weights = arena.take<T>(shape_.weight_elements());
     s.bias = arena.take<T>(c_.padded_count());
-    s.ring = TapsRing<X, T>(shape_, arena);
+    s.ring = TapsRing<X, T>(shape_, arena, true);
   }
 
   Scratch make_scratch() const {

@@ -5,11 +5,16 @@
 
 namespace flatten::cpu::FLATTEN_ISA {
 
-/// One vector of channels of R adjacent outputs: sums[i] += taps. `rows` point at the column and channels of
-/// the first output's leftmost tap.
+/// Those of the columns that a run of outputs reaches which there are, counted from its leftmost tap.
+struct Columns {
+  i64 first, end;
+};
+
+/// One vector of channels of R adjacent outputs: sums[i] += taps. `rows` + offset is the column and channels
+/// of the first output's leftmost tap, column `stride` elements before the next.
 template <int kKernelW, int R, class T>
-FLATTEN_INLINE void convolve_outputs(const T* const* rows, i64 offset, const T* weights, i64 first, i64 last,
-                                     i64 kernel_w, Vec<T> (&sums)[R]) {
+FLATTEN_INLINE void convolve_outputs(const T* const* rows, i64 offset, i64 stride, Columns present,
+                                     const T* weights, i64 first, i64 last, i64 kernel_w, Vec<T> (&sums)[R]) {
   constexpr int kV = kLanes<T>;
   for (i64 dy = first; dy < last; ++dy) {
     const T* in = immediate_offsets(rows[dy] + offset);
@@ -20,7 +25,11 @@ FLATTEN_INLINE void convolve_outputs(const T* const* rows, i64 offset, const T* 
       Vec<T> held[kHeld];
       unrolled<kHeld>([&](auto k) FLATTEN_INLINED { held[k] = load(w + k * kV); });
       unrolled<R + kKernelW - 1>([&](auto i) FLATTEN_INLINED {
-        const Vec<T> v = in_register(load(in + i * kV));
+        constexpr bool kMayBeAbsent = i < kKernelW / 2 || i >= R + kKernelW / 2;
+        const T* column = in;
+        in += stride;
+        if (kMayBeAbsent && (i < present.first || i >= present.end)) return;
+        const Vec<T> v = in_register(load(column));
         const T* others = kHeld < kKernelW ? immediate_offsets(w) : w;
         unrolled<kKernelW>([&](auto k) FLATTEN_INLINED {
           constexpr int kTap = decltype(k)::value, kOutput = decltype(i)::value - kTap;
@@ -34,7 +43,10 @@ FLATTEN_INLINE void convolve_outputs(const T* const* rows, i64 offset, const T* 
     } else {
       for (i64 k = 0; k < kernel_w; ++k) {
         const Vec<T> wv = load(w + k * kV);
-        unrolled<R>([&](auto i) FLATTEN_INLINED { sums[i] = fma(load(in + (i + k) * kV), wv, sums[i]); });
+        unrolled<R>([&](auto i) FLATTEN_INLINED {
+          if (i + k < present.first || i + k >= present.end) return;
+          sums[i] = fma(load(in + (i + k) * stride), wv, sums[i]);
+        });
       }
     }
   }
@@ -67,9 +79,11 @@ template <int kKernelW, int R, class X, class T>
 FLATTEN_INLINE void convolve_run(const TapsRing<X, T>& ring, const T* weights, i64 i, i64 x, i64 width,
                                  const TapsOutput<X, T>& out, Upcoming& upcoming) {
   const TapsShape<T>& s = ring.shape();
-  const i64 padded = s.channels.padded, dim = s.channels.dim, columns = s.ring_columns, area = s.area();
+  const i64 padded = s.channels.padded, dim = s.channels.dim, area = s.area();
   const i64 kernel_w = kKernelW ? kKernelW : s.kernel_w;
   const i64 first = ring.first_tap_row(i), last = ring.last_tap_row(i);
+  const i64 left = x - s.pad_w, stride = ring.column_stride();
+  const Columns present{ring.first_column() - left, ring.end_column() - left};
   const T* const* rows = ring.rows() + i;
   const T *start = out.start + (i * width + x) * padded, *bias = out.bias;
   X* to[R];
@@ -78,14 +92,14 @@ FLATTEN_INLINE void convolve_run(const TapsRing<X, T>& ring, const T* weights, i
     const Vec<T> b = load(bias + d);
     Vec<T> sums[R];
     unrolled<R>([&](auto r) FLATTEN_INLINED { sums[r] = load(start + r * padded + d) + b; });
-    convolve_outputs<kKernelW, R, T>(rows, d * columns + x * kLanes<T>, weights + d * area, first, last,
-                                     kernel_w, sums);
-    if (const i64 left = dim - d; left >= kLanes<T>) {
+    convolve_outputs<kKernelW, R, T>(rows, d * ring.channel_stride() + left * stride, stride, present,
+                                     weights + d * area, first, last, kernel_w, sums);
+    if (const i64 rest = dim - d; rest >= kLanes<T>) {
       unrolled<R>([&](auto r) FLATTEN_INLINED { store(to[r] + d, sums[r]); });
     } else {
-      T rest[R * kLanes<T>];
-      unrolled<R>([&](auto r) FLATTEN_INLINED { store(rest + r * kLanes<T>, sums[r]); });
-      store_rest(to, d, left, rest, R);
+      T lanes[R * kLanes<T>];
+      unrolled<R>([&](auto r) FLATTEN_INLINED { store(lanes + r * kLanes<T>, sums[r]); });
+      store_rest(to, d, rest, lanes, R);
     }
     upcoming.step();
   }
@@ -167,13 +181,13 @@ FLATTEN_INLINE void correlate_from(const T* const* rows, i64 offset, const T* v,
 }
 
 /// Adds one head's part of the gradient of the (flipped) weights, in the weights' order: v holds the tile's
-/// rows of `padded` elements, the ring those of the output's gradient.
+/// rows of `padded` elements, the ring (not in place) those of the output's gradient.
 template <int kKernelW, class X, class T>
 void correlate_head(const TapsRing<X, T>& ring, const T* v, const Tile& tile, T* sum) {
   const TapsShape<T>& s = ring.shape();
   const i64 padded = s.channels.padded, area = s.area();
   for (i64 d = 0; d < padded; d += kLanes<T>) {
-    const i64 offset = d * s.ring_columns;
+    const i64 offset = d * ring.channel_stride() - s.pad_w * kLanes<T>;
     T* sums = sum + d * area;
     if constexpr (kKernelW != 0) {
       correlate_from<kKernelW, most_tap_rows<kKernelW, T>()>(ring.rows(), offset, v + d, padded, 0,
@@ -199,12 +213,12 @@ void sum_head(const TapsRing<X, T>& ring, const Tile& tile, T* sum) {
   for (i64 d = 0; d < padded; d += kLanes<T>) {
     Vec<T> acc[4] = {load(sum + d)};  // several, to hide the latency of a sum
     for (i64 i = 0; i < tile.height; ++i) {
-      const T* g = ring.rows()[i + s.pad_h] + d * s.ring_columns + s.pad_w * kLanes<T>;
+      const T* g = ring.rows()[i + s.pad_h] + d * ring.channel_stride();
       i64 x = 0;
       for (; x + 4 <= tile.width; x += 4) {
-        for (int j = 0; j < 4; ++j) acc[j] = acc[j] + load(g + (x + j) * kLanes<T>);
+        for (int j = 0; j < 4; ++j) acc[j] = acc[j] + load(g + (x + j) * ring.column_stride());
       }
-      for (; x < tile.width; ++x) acc[0] = acc[0] + load(g + x * kLanes<T>);
+      for (; x < tile.width; ++x) acc[0] = acc[0] + load(g + x * ring.column_stride());
     }
     store(sum + d, (acc[0] + acc[1]) + (acc[2] + acc[3]));
   }

@@ -1,5 +1,8 @@
-// What the depthwise taps read: their weights, and a ring of the rows that a tile of tokens reaches.
+// What the depthwise taps read: their weights, and the rows that a tile of tokens reaches, where they lie or
+// in a ring.
 #pragma once
+
+#include <type_traits>
 
 #include "rows_kernel.h"
 
@@ -70,15 +73,17 @@ void fill_tap_bias(const Taps& taps, Channels c, T* bias) {
   }
 }
 
-/// The rows of the convolved tensor that a tile's taps reach, zero-padded to the left and right. Each is
-/// copied once into a ring that moves down a strip of the map: (heads, ring rows, vectors of a head, columns,
-/// lanes).
+/// The rows of the convolved tensor that a tile's taps reach. Each is copied once into a ring that moves down
+/// a strip of the map, zero-padded to the left and right: (heads, ring rows, vectors of a head, columns,
+/// lanes). What needs no padding (`in_place`) reads them where they lie, if they are numbers to compute with,
+/// heads are whole vectors, and the tokens of a row lie side by side.
 template <class X, class T>
 class TapsRing {
  public:
   TapsRing() = default;
-  TapsRing(const TapsShape<T>& shape, Arena& arena)
+  TapsRing(const TapsShape<T>& shape, Arena& arena, bool in_place)
       : shape_(shape),
+        may_read_in_place_(in_place && std::is_same_v<X, T> && shape.channels.dim == shape.channels.padded),
         memory_(arena.take<T>(shape.ring_elements())),
         rows_(arena.take<const T*>(shape.ring_rows)),
         tokens_(arena.take<Grid::Row>(shape.ring_rows)) {}
@@ -91,7 +96,8 @@ class TapsRing {
 
   void begin_tile(const Tokens& source, const Grid& grid, i64 image, i64 window, const Tile& tile) {
     const i64 first = greater(0, tile.y - shape_.pad_h);
-    const bool continues = end_ >= first && tile.x == tile_.x;
+    in_place_ = may_read_in_place_ && grid.row(window, first).run(0) >= grid.columns;
+    const bool continues = !in_place_ && end_ >= first && tile.x == tile_.x;
     begin_ = continues ? end_ : first;
     end_ = smaller(grid.rows, tile.y + tile.height + shape_.pad_h);
     for (i64 y = begin_; y < end_; ++y) tokens_[y - begin_] = grid.row(window, y);
@@ -104,16 +110,29 @@ class TapsRing {
 
   /// Copies what the tile needs of a head and is not there yet; then rows() are that head's.
   void stage_head(i64 head) {
+    if (!in_place_) {
+      for (i64 y = begin_; y < end_; ++y) stage_row(head, y, slot(head, y));
+    }
     const i64 rows = tile_.height + shape_.kernel_h - 1;
-    for (i64 y = begin_; y < end_; ++y) stage_row(head, y, slot(head, y));
     for (i64 i = 0; i < rows; ++i) {
       const i64 y = tile_.y - shape_.pad_h + i;
-      rows_[i] = y < 0 || y >= grid_rows_ ? zeros() : slot(head, y);
+      if (y < 0 || y >= grid_rows_) {
+        rows_[i] = zeros() + shape_.pad_w * kLanes<T>;
+      } else {
+        rows_[i] = in_place_ ? in_place(head, y) : slot(head, y) + shape_.pad_w * kLanes<T>;
+      }
     }
   }
 
-  /// rows()[i + dy] is what tap row dy of the tile's row i reads; outside the window it is zeros.
+  /// rows()[i + dy] is what tap row dy of the tile's row i reads, from the tile's first column on; outside
+  /// the window it is zeros, which only the ring is as wide as. Channels d, the first of a vector, of column
+  /// x are at x * column_stride() + d * channel_stride().
   const T* const* rows() const { return rows_; }
+  i64 column_stride() const { return in_place_ ? token_stride_ : kLanes<T>; }
+  i64 channel_stride() const { return in_place_ ? 1 : shape_.ring_columns; }
+  /// The columns [first, end) that there are.
+  i64 first_column() const { return in_place_ ? -tile_.x : -shape_.pad_w; }
+  i64 end_column() const { return in_place_ ? grid_columns_ - tile_.x : tile_.width + shape_.pad_w; }
   const TapsShape<T>& shape() const { return shape_; }
   /// The tap rows [first, last) of the tile's row i that lie inside the window.
   i64 first_tap_row(i64 i) const { return greater(0, shape_.pad_h - tile_.y - i); }
@@ -121,6 +140,12 @@ class TapsRing {
 
  private:
   T* zeros() const { return memory_ + shape_.ring_heads * shape_.ring_rows * shape_.row_elements(); }
+  const T* in_place(i64 head, i64 y) const {
+    if constexpr (std::is_same_v<X, T>) {
+      return source_ + tokens_[y - begin_].token(tile_.x) * token_stride_ + head * shape_.channels.dim;
+    }
+    return nullptr;
+  }
   T* slot(i64 head, i64 y) const {
     const i64 h = shape_.ring_heads == 1 ? 0 : head;
     return memory_ + (h * shape_.ring_rows + y % shape_.ring_rows) * shape_.row_elements();
@@ -150,6 +175,7 @@ class TapsRing {
   }
 
   TapsShape<T> shape_;
+  bool may_read_in_place_ = false, in_place_ = false;
   T* memory_ = nullptr;
   const T** rows_ = nullptr;     // see rows()
   Grid::Row* tokens_ = nullptr;  // of the rows [begin_, end_) that the tile brings in
