@@ -122,6 +122,10 @@ class AttentionKernel {
   void map_queries(const Block& block, const FocusParameters<T>& f, Features<T>& to) const {
     focus_query_.forward(rows_of<X>(in_.query, block).at, {}, block.count, to.z, c_, f, to.norms);
   }
+  /// rest[t] = eps / factor: what a query's factor leaves of eps where it cancels.
+  void eps_by_factor(const Norms<T>& norms, int count, T* rest) const {
+    for (int t = 0; t < count; ++t) rest[t] = eps_ / norms.factor[t];
+  }
   BiasRows bias_rows(const Block& block) const { return {in_.mapping.key_bias.data, block.position}; }
   void map_keys(const Block& block, const FocusParameters<T>& f, Features<T>& to) const {
     focus_key_.forward(rows_of<X>(in_.key, block).at, bias_rows(block), block.count, to.z, c_, f, to.norms);

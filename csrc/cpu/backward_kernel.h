@@ -16,8 +16,8 @@ template <class X>
 class BackwardKernel : BackwardMemory<X> {
   using Base = AttentionKernel<X>;
   using Memory = BackwardMemory<X>;
-  using Base::c_, Base::eps_, Base::focus_key_, Base::focus_query_, Base::gemm_, Base::geometry_, Base::in_,
-      Base::keys_, Base::queries_;
+  using Base::c_, Base::focus_key_, Base::focus_query_, Base::gemm_, Base::geometry_, Base::in_, Base::keys_,
+      Base::queries_;
   using Memory::by_scores_, Memory::needs_key_rows_, Memory::needs_query_rows_, Memory::needs_ring_,
       Memory::needs_sums_, Memory::p_, Memory::shape_, Memory::taps_, Memory::tiling_;
   using Memory::clear, Memory::end_chain, Memory::make_scratch, Memory::needs_attention, Memory::prepare_taps,
@@ -142,7 +142,7 @@ class BackwardKernel : BackwardMemory<X> {
         expect_keys(next, upcoming);
       }
       Base::map_queries(block, scratch.focus, features);
-      for (int t = 0; t < block.count; ++t) rest[t] = eps_ / features.norms.factor[t];
+      Base::eps_by_factor(features.norms, block.count, rest);
       const Rows<const X> grad_out = rows_of<X>(p_.grad_out, block);
       T dot[kBlock] = {};
       for (i64 h = 0; h < c_.heads; ++h)
@@ -195,7 +195,7 @@ class BackwardKernel : BackwardMemory<X> {
     const Rows<const X> values = rows_of<X>(in_.value, keys), grad_out = rows_of<X>(p_.grad_out, queries);
     const Rows<X> grad_value = rows_of<X>(p_.grad_value, keys);
     T rest[kBlock], a[kBlock], b[kBlock], query_dot[kBlock] = {}, key_dot[kBlock] = {};
-    for (int t = 0; t < queries.count; ++t) rest[t] = eps_ / features.norms.factor[t];
+    Base::eps_by_factor(features.norms, queries.count, rest);
     for (i64 h = 0; h < c_.heads; ++h) {
       const i64 head = h * c_.head_stride();
       const T* z = features.z + head;
@@ -204,10 +204,10 @@ class BackwardKernel : BackwardMemory<X> {
       scores.pack_values(h, values);
       scores.differentiate(h, queries.count, scratch.packed, a, b, scratch.gradient + head, upcoming);
       for (int t = 0; t < queries.count; ++t) query_dot[t] += b[t] * rest[t];
-      if (needs_sums_) scores.differentiate_keys(h, queries.count, z, scratch.packed, upcoming);
+      if (needs_sums_) scores.differentiate_keys(h, queries.count, z, scratch.packed, scratch.dv, upcoming);
       if (needs_key_rows_) add_dots(scores.z + head, scores.grad_keys + head, keys.count, key_dot);
-      value_head(h, keys.count, needs_ring_ ? &tile : nullptr, scores.values, scores.grad_values, scratch,
-                 grad_value, upcoming);
+      value_head(h, keys.count, needs_ring_ ? &tile : nullptr, scores.values, scratch.dv, scratch, grad_value,
+                 upcoming);
     }
     if (needs_query_rows_) query_rows(queries, query_dot, scratch);
     if (needs_key_rows_) key_rows(keys, scores.grad_keys, scores.norms, key_dot, is_first, scratch);

@@ -9,7 +9,7 @@ namespace flatten::cpu::FLATTEN_ISA {
 template <class X>
 class ForwardKernel : AttentionKernel<X> {
   using Base = AttentionKernel<X>;
-  using Base::c_, Base::eps_, Base::gemm_, Base::geometry_, Base::in_, Base::keys_, Base::queries_;
+  using Base::c_, Base::gemm_, Base::geometry_, Base::in_, Base::keys_, Base::queries_;
   using typename Base::T;
 
  public:
@@ -153,7 +153,7 @@ class ForwardKernel : AttentionKernel<X> {
         }
       }
       Base::map_queries(block, scratch.focus, scratch.features);
-      for (int t = 0; t < block.count; ++t) rest[t] = eps_ / scratch.features.norms.factor[t];
+      Base::eps_by_factor(scratch.features.norms, block.count, rest);
       const Rows<X> out = rows_of<X>(out_, block);
       if (has_taps) scratch.ring.begin_tile(in_.value, queries_, image, window, tile);
       for (i64 h = 0; h < c_.heads; ++h) {

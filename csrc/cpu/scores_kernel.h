@@ -28,7 +28,6 @@ class Scores {
   T* values;            // of one head
   T *rows, *gradients;  // A and dA of one head
   T* grad_keys;         // factor dK, head-major
-  T* grad_values;       // dV of one head
   T ones[kBlock];
 
   void take(Arena& arena, Channels c, int keys, bool backward) {
@@ -46,7 +45,6 @@ class Scores {
     if (!backward) return;
     gradients = arena.take<T>(c.head_stride());
     grad_keys = arena.take<T>(c.block());
-    grad_values = arena.take<T>(c.head_stride());
   }
 
   /// Before the first window.
@@ -108,7 +106,8 @@ class Scores {
   }
 
   /// factor dK and dV of one head.
-  void differentiate_keys(i64 h, int count, const T* queries, const T* g, Upcoming& upcoming) const {
+  void differentiate_keys(i64 h, int count, const T* queries, const T* g, T* grad_values,
+                          Upcoming& upcoming) const {
     gemm_.partial_outer_product(count, keys_, c_.padded, gradients, queries, grad_keys + h * c_.head_stride(),
                                 upcoming);
     gemm_.partial_outer_product(count, keys_, c_.padded, rows, g, grad_values, upcoming);

@@ -116,11 +116,9 @@ class TapsRing {
     const i64 rows = tile_.height + shape_.kernel_h - 1;
     for (i64 i = 0; i < rows; ++i) {
       const i64 y = tile_.y - shape_.pad_h + i;
-      if (y < 0 || y >= grid_rows_) {
-        rows_[i] = zeros() + shape_.pad_w * kLanes<T>;
-      } else {
-        rows_[i] = in_place_ ? in_place(head, y) : slot(head, y) + shape_.pad_w * kLanes<T>;
-      }
+      const bool outside = y < 0 || y >= grid_rows_;
+      const T* in_ring = outside ? zeros() : slot(head, y);
+      rows_[i] = in_place_ && !outside ? in_place(head, y) : in_ring + shape_.pad_w * kLanes<T>;
     }
   }
 
