@@ -76,10 +76,11 @@ class AttentionKernel {
   i64 pairs() const { return geometry_.batch * geometry_.windows(); }
   i64 image(i64 pair) const { return pair / geometry_.windows(); }
   i64 window(i64 pair) const { return pair % geometry_.windows(); }
-  /// The first tokens of a pair, none behind the last.
-  void first_block(const Grid& grid, i64 pair, Block& block) const {
+  /// A pair's tokens from `position` on, none behind the last pair.
+  void first_block(const Grid& grid, i64 pair, i64 position, Block& block) const {
     block.clear(0);
-    if (pair < pairs()) grid.fill(block, image(pair), window(pair), 0, smaller(kBlock, grid.tokens()));
+    if (pair >= pairs()) return;
+    grid.fill(block, image(pair), window(pair), position, smaller(kBlock, grid.tokens() - position));
   }
   i64 sums_elements() const { return c_.matrices() + c_.padded_count(); }
   Sums<T> sums_at(T* memory) const { return {memory, memory + c_.matrices()}; }
@@ -133,10 +134,12 @@ class AttentionKernel {
 
   /// Adds positions [begin, end) of a window to S = sum of K^T V / M and m = sum of K / M. The factors of the
   /// keys ride on the values: K^T V = z^T (factor V). `values` holds one head of a block.
+  /// expect_next(upcoming) adds what the slot reads behind the last key.
+  template <class Expect>
   void sum_keys(i64 pair, i64 begin, i64 end, const FocusParameters<T>& f, Features<T>& features, T* values,
-                const Sums<T>& sums) const {
+                const Sums<T>& sums, const Expect& expect_next) const {
     in_chains(begin, end, features.chain, sums, [&](i64 from, i64 to, const Sums<T>& into) {
-      sum_keys_chain(pair, from, to, f, features, values, into);
+      sum_keys_chain(pair, from, to, end, f, features, values, into, expect_next);
     });
   }
 
@@ -152,8 +155,11 @@ class AttentionKernel {
     }
   }
 
-  void sum_keys_chain(i64 pair, i64 begin, i64 end, const FocusParameters<T>& f, Features<T>& features,
-                      T* values, const Sums<T>& sums) const {
+  /// Of the keys up to `last`, those of [begin, end).
+  template <class Expect>
+  void sum_keys_chain(i64 pair, i64 begin, i64 end, i64 last, const FocusParameters<T>& f,
+                      Features<T>& features, T* values, const Sums<T>& sums,
+                      const Expect& expect_next) const {
     const T mean = 1 / static_cast<T>(geometry_.window_keys());
     Block blocks[2];  // the one at hand and the next, by turns
     Upcoming upcoming;
@@ -165,14 +171,13 @@ class AttentionKernel {
       map_keys(block, f, features);
       const Rows<const X> rows = rows_of<X>(in_.value, block);
       upcoming.plan(c_.heads * product_steps<T>(c_.dim, c_.padded, block.count));
-      if (at + kBlock < end) {
-        keys_.fill(next, image(pair), window(pair), at + kBlock, smaller(kBlock, end - at - kBlock));
+      if (at + kBlock < last) {
+        keys_.fill(next, image(pair), window(pair), at + kBlock, smaller(kBlock, last - at - kBlock));
         upcoming.add<X>(in_.key, next, c_.count());
         upcoming.add<X>(in_.value, next, c_.count());
         expect_bias(next, upcoming);
       } else {
-        first_block(queries_, pair, next);
-        upcoming.add<X>(in_.query, next, c_.count());
+        expect_next(upcoming);
       }
       T weight[kBlock];
       for (int t = 0; t < block.count; ++t) weight[t] = features.norms.factor[t] * mean;
@@ -197,6 +202,13 @@ class AttentionKernel {
     const Parameter& bias = in_.mapping.key_bias;
     if (!bias || element_size(bias.dtype) != static_cast<i64>(sizeof(X))) return;
     upcoming.add_rows(static_cast<const X*>(bias.data), c_.count(), block.position, block, c_.count());
+  }
+  /// Adds the keys and values of a pair to come; its rows of key_bias were those of the one at hand.
+  void expect_keys(i64 pair, i64 position, Upcoming& upcoming) const {
+    Block block;
+    first_block(keys_, pair, position, block);
+    upcoming.add<X>(in_.key, block, c_.count());
+    upcoming.add<X>(in_.value, block, c_.count());
   }
 
   // A state keeps S and m without padding: (saved windows, heads, dim, dim), then m, window by window.

@@ -48,22 +48,25 @@ class BackwardKernel : BackwardMemory<X> {
       prepare_taps(scratch);
       const i64 first = schedule.begin(schedule.whole, slot), end = schedule.begin(schedule.whole, slot + 1);
       for (i64 pair = first; pair < end; ++pair) {
+        const i64 next_pair = pair + 1 < end ? pair + 1 : Base::pairs();
         if (by_scores_) {
-          score_pass(pair, pair == first, scratch);
+          score_pass(pair, next_pair, pair == first, scratch);
           continue;
         }
         if (needs_attention()) {
           if (!state_of(pair)) {
             clear(scratch.sums);
             Base::sum_keys(pair, 0, keys_.tokens(), scratch.focus, scratch.features, scratch.packed,
-                           scratch.sums);
+                           scratch.sums, [&](Upcoming& upcoming) { expect_queries(pair, 0, upcoming); });
           }
           take_sums(pair, scratch);
           clear(scratch.gradients);
-          query_pass(pair, 0, queries_.tokens(), scratch, scratch.gradients);
+          query_pass(pair, 0, queries_.tokens(), scratch, scratch.gradients,
+                     [&](Upcoming& upcoming) { expect_tile(pair, 0, upcoming); });
           transpose_matrices(scratch.gradients.s, scratch.transposed);
         }
-        key_pass(pair, 0, tiling_.count(), pair == first, scratch);
+        key_pass(pair, 0, tiling_.count(), pair == first, scratch,
+                 [&](Upcoming& upcoming) { expect_pair(next_pair, {}, upcoming); });
       }
     };
     if (schedule.whole > 0) for_each_slot(parallel, slots, whole);
@@ -77,35 +80,47 @@ class BackwardKernel : BackwardMemory<X> {
   }
 
  private:
+  /// Where a slot's part of a pair begins.
+  struct Start {
+    i64 key = 0, query = 0, tile = 0;
+  };
+
   /// A pair whose tokens all slots share.
   void run_shared(const Parallel& parallel, const Schedule& schedule, i64 pair, const Shared& shared) const {
     const int slots = schedule.slots;
     const i64 stride = shared.partial_stride;
+    const auto start_of = [&](int slot) -> Start {
+      return {schedule.begin(keys_.tokens(), slot), schedule.begin(queries_.tokens(), slot),
+              schedule.begin(tiling_.count(), slot)};
+    };
     auto sum = [&](int slot) {
+      const Start start = start_of(slot), stop = start_of(slot + 1);
       Scratch scratch = make_scratch(shared, slot);
       const Sums<T> sums = Base::sums_at(shared.partial_sums + slot * stride);
       clear(sums);
-      Base::sum_keys(pair, schedule.begin(keys_.tokens(), slot), schedule.begin(keys_.tokens(), slot + 1),
-                     scratch.focus, scratch.features, scratch.packed, sums);
+      Base::sum_keys(pair, start.key, stop.key, scratch.focus, scratch.features, scratch.packed, sums,
+                     [&](Upcoming& upcoming) { expect_queries(pair, start.query, upcoming); });
     };
     auto queries = [&](int slot) {
+      const Start start = start_of(slot), stop = start_of(slot + 1);
       Scratch scratch = make_scratch(shared, slot);
       if (!state_of(pair)) Base::add_partials(shared.partial_sums, stride, slots, scratch.sums);
       take_sums(pair, scratch);
       const Sums<T> gradients = Base::sums_at(shared.partial_gradients + slot * stride);
       clear(gradients);
-      query_pass(pair, schedule.begin(queries_.tokens(), slot), schedule.begin(queries_.tokens(), slot + 1),
-                 scratch, gradients);
+      query_pass(pair, start.query, stop.query, scratch, gradients,
+                 [&](Upcoming& upcoming) { expect_tile(pair, start.tile, upcoming); });
     };
     auto keys = [&](int slot) {
+      const Start start = start_of(slot), stop = start_of(slot + 1);
       Scratch scratch = make_scratch(shared, slot);
       prepare_taps(scratch);
       if (needs_attention()) {
         Base::add_partials(shared.partial_gradients, stride, slots, scratch.gradients);
         transpose_matrices(scratch.gradients.s, scratch.transposed);
       }
-      key_pass(pair, schedule.begin(tiling_.count(), slot), schedule.begin(tiling_.count(), slot + 1),
-               pair == 0, scratch);
+      key_pass(pair, start.tile, stop.tile, pair == 0, scratch,
+               [&](Upcoming& upcoming) { expect_pair(pair + 1, start, upcoming); });
     };
     if (needs_attention()) {
       if (!state_of(pair)) for_each_slot(parallel, slots, sum);
@@ -115,15 +130,20 @@ class BackwardKernel : BackwardMemory<X> {
   }
 
   /// dq of positions [begin, end) of a window, and their part of dS, dm (without the 1 / M) and dscale.
-  void query_pass(i64 pair, i64 begin, i64 end, Scratch& scratch, const Sums<T>& gradients) const {
+  /// expect_next(upcoming) adds what the slot reads behind the last query.
+  template <class Expect>
+  void query_pass(i64 pair, i64 begin, i64 end, Scratch& scratch, const Sums<T>& gradients,
+                  const Expect& expect_next) const {
     Base::in_chains(begin, end, scratch.features.chain, gradients,
                     [&](i64 from, i64 to, const Sums<T>& into) {
-                      query_chain(pair, from, to, scratch, into);
+                      query_chain(pair, from, to, end, scratch, into, expect_next);
                       end_chain(scratch);
                     });
   }
 
-  void query_chain(i64 pair, i64 begin, i64 end, Scratch& scratch, const Sums<T>& gradients) const {
+  template <class Expect>
+  void query_chain(i64 pair, i64 begin, i64 end, i64 last, Scratch& scratch, const Sums<T>& gradients,
+                   const Expect& expect_next) const {
     Features<T>& features = scratch.features;
     T rest[kBlock];
     Block blocks[2];  // the one at hand and the next, by turns
@@ -134,12 +154,12 @@ class BackwardKernel : BackwardMemory<X> {
       const Block& block = blocks[turn];
       Block& next = blocks[turn ^ 1];
       upcoming.plan(2 * c_.heads * Base::head_steps(block.count));
-      if (at + kBlock < end) {
-        queries_.fill(next, block.image, Base::window(pair), at + kBlock, smaller(kBlock, end - at - kBlock));
+      if (at + kBlock < last) {
+        queries_.fill(next, block.image, Base::window(pair), at + kBlock,
+                      smaller(kBlock, last - at - kBlock));
         expect_queries(next, upcoming);
       } else {
-        Base::first_block(keys_, pair, next);
-        expect_keys(next, upcoming);
+        expect_next(upcoming);
       }
       Base::map_queries(block, scratch.focus, features);
       Base::eps_by_factor(features.norms, block.count, rest);
@@ -171,20 +191,18 @@ class BackwardKernel : BackwardMemory<X> {
   }
 
   /// Everything of a small window, head by head, by its scores.
-  void score_pass(i64 pair, bool is_first, Scratch& scratch) const {
+  void score_pass(i64 pair, i64 next_pair, bool is_first, Scratch& scratch) const {
     const Scores<T>& scores = scratch.scores;
     const Features<T>& features = scratch.features;
-    Block queries, keys, next;
-    Base::first_block(queries_, pair, queries);
-    Base::first_block(keys_, pair, keys);
+    Block queries, keys;
+    Base::first_block(queries_, pair, 0, queries);
+    Base::first_block(keys_, pair, 0, keys);
     const Tile tile = tile_at(keys_, tiling_, 0);
     Upcoming upcoming;
     upcoming.plan(c_.heads * (5 * Base::head_steps(queries.count) +
                               (needs_ring_ ? convolve_steps<T>(tile, c_.padded) : 0)));
-    Base::first_block(keys_, pair + 1, next);
-    expect_keys(next, upcoming);
-    Base::first_block(queries_, pair + 1, next);
-    expect_queries(next, upcoming);
+    expect_tile(next_pair, 0, upcoming);
+    expect_queries(next_pair, 0, upcoming);
 
     Base::score_keys(keys, scratch.focus, scratch.scores);
     Base::map_queries(queries, scratch.focus, scratch.features);
@@ -214,17 +232,35 @@ class BackwardKernel : BackwardMemory<X> {
     end_chain(scratch);
   }
 
+  // What the passes read and write, for reading ahead: of a block; from there on; none behind the last pair.
   void expect_queries(const Block& block, Upcoming& upcoming) const {
     upcoming.add<X>(in_.query, block, c_.count());
     upcoming.add<X>(p_.grad_out, block, c_.count());
     if (p_.grad_query.data) upcoming.add<X>(p_.grad_query, block, c_.count());
   }
-  void expect_keys(const Block& block, Upcoming& upcoming) const {
+  void expect_queries(i64 pair, i64 position, Upcoming& upcoming) const {
+    Block block;
+    Base::first_block(queries_, pair, position, block);
+    expect_queries(block, upcoming);
+  }
+  void expect_tile(const Block& block, Upcoming& upcoming) const {
     upcoming.add<X>(in_.key, block, c_.count());
     upcoming.add<X>(in_.value, block, c_.count());
     if (p_.grad_value.data) upcoming.add<X>(p_.grad_value, block, c_.count());
     if (p_.grad_key.data) upcoming.add<X>(p_.grad_key, block, c_.count());
     Base::expect_bias(block, upcoming);
+  }
+  void expect_tile(i64 pair, i64 index, Upcoming& upcoming) const {
+    if (pair >= Base::pairs() || index >= tiling_.count()) return;
+    Block block;
+    fill_tile(keys_, block, Base::image(pair), Base::window(pair), tile_at(keys_, tiling_, index));
+    expect_tile(block, upcoming);
+  }
+  void expect_pair(i64 pair, Start start, Upcoming& upcoming) const {
+    if (pair >= Base::pairs()) return;
+    if (!needs_attention()) return expect_tile(pair, start.tile, upcoming);
+    if (state_of(pair)) return expect_queries(pair, start.query, upcoming);
+    Base::expect_keys(pair, start.key, upcoming);
   }
 
   /// w += b m with b = -a (z . w), for the rows of one head of a block. The row's sum of z times the result
@@ -242,7 +278,9 @@ class BackwardKernel : BackwardMemory<X> {
 
   /// dk, dv and their part of dscale, dkey_bias, dweight, dbias of tiles [begin, end) of a window. The sum of
   /// key_bias's gradient, which may be as large as the keys, is not cleared but begun by the `is_first` pair.
-  void key_pass(i64 pair, i64 begin, i64 end, bool is_first, Scratch& scratch) const {
+  template <class Expect>
+  void key_pass(i64 pair, i64 begin, i64 end, bool is_first, Scratch& scratch,
+                const Expect& expect_next) const {
     const i64 image = Base::image(pair), window = Base::window(pair);
     Features<T>& features = scratch.features;
     const bool packs_values = p_.grad_weight || needs_key_rows_;
@@ -264,14 +302,13 @@ class BackwardKernel : BackwardMemory<X> {
       if (index + 1 < end) {
         const Tile next_tile = tile_at(keys_, tiling_, index + 1);
         fill_tile(keys_, next, image, window, next_tile);
-        expect_keys(next, upcoming);
+        expect_tile(next, upcoming);
         if (needs_ring_) {
           expect_ring_rows<X>(p_.grad_out, keys_, image, window, next_tile, shape_.pad_h, c_.count(),
                               upcoming);
         }
       } else {
-        Base::first_block(queries_, pair + 1, next);
-        expect_queries(next, upcoming);
+        expect_next(upcoming);
       }
       if (needs_sums_) {
         Base::map_keys(block, scratch.focus, features);

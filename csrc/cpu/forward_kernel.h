@@ -31,18 +31,22 @@ class ForwardKernel : AttentionKernel<X> {
       prepare_taps(scratch);
       const i64 end = schedule.begin(schedule.whole, slot + 1);
       for (i64 pair = schedule.begin(schedule.whole, slot); pair < end; ++pair) {
+        const i64 next_pair = pair + 1 < end ? pair + 1 : Base::pairs();
         if (by_scores_) {
           Block keys;
-          Base::first_block(keys_, pair, keys);
+          Base::first_block(keys_, pair, 0, keys);
           Base::score_keys(keys, scratch.focus, scratch.scores);
           scratch.values_of_window = rows_of<X>(in_.value, keys);
         } else {
           clear(scratch.sums);
           Base::sum_keys(pair, 0, keys_.tokens(), scratch.focus, scratch.features, scratch.values,
-                         scratch.sums);
+                         scratch.sums, [&](Upcoming& upcoming) { expect_queries(pair, 0, upcoming); });
           save_state(pair, scratch.sums);
         }
-        attend(pair, 0, tiling_.count(), scratch);
+        attend(pair, 0, tiling_.count(), scratch, [&](Upcoming& upcoming) {
+          Base::expect_keys(next_pair, 0, upcoming);
+          if (by_scores_) expect_queries(next_pair, 0, upcoming);
+        });
       }
     };
     if (schedule.whole > 0) for_each_slot(parallel, schedule.slots, whole);
@@ -56,7 +60,9 @@ class ForwardKernel : AttentionKernel<X> {
         const Sums<T> sums = Base::sums_at(partials + slot * stride);
         clear(sums);
         Base::sum_keys(pair, schedule.begin(keys_.tokens(), slot), schedule.begin(keys_.tokens(), slot + 1),
-                       scratch.focus, scratch.features, scratch.values, sums);
+                       scratch.focus, scratch.features, scratch.values, sums, [&](Upcoming& upcoming) {
+                         expect_queries(pair, schedule.begin(tiling_.count(), slot), upcoming);
+                       });
       };
       auto apply = [&](int slot) {
         Scratch scratch = make_scratch();
@@ -64,7 +70,9 @@ class ForwardKernel : AttentionKernel<X> {
         Base::add_partials(partials, stride, schedule.slots, scratch.sums);
         if (slot == 0) save_state(pair, scratch.sums);
         attend(pair, schedule.begin(tiling_.count(), slot), schedule.begin(tiling_.count(), slot + 1),
-               scratch);
+               scratch, [&](Upcoming& upcoming) {
+                 Base::expect_keys(pair + 1, schedule.begin(keys_.tokens(), slot), upcoming);
+               });
       };
       for_each_slot(parallel, schedule.slots, sum);
       for_each_slot(parallel, schedule.slots, apply);
@@ -118,8 +126,17 @@ class ForwardKernel : AttentionKernel<X> {
     if (at >= 0) Base::save_state(sums, state_ + at);
   }
 
-  /// The output of tiles [begin, end) of a window.
-  void attend(i64 pair, i64 begin, i64 end, Scratch& scratch) const {
+  /// Adds the queries of a tile of a pair to come; none behind the last.
+  void expect_queries(i64 pair, i64 index, Upcoming& upcoming) const {
+    if (pair >= Base::pairs() || index >= tiling_.count()) return;
+    Block block;
+    fill_tile(queries_, block, Base::image(pair), Base::window(pair), tile_at(queries_, tiling_, index));
+    upcoming.add<X>(in_.query, block, c_.count());
+  }
+
+  /// The output of tiles [begin, end) of a window; expect_next(upcoming) adds what the slot reads then.
+  template <class Expect>
+  void attend(i64 pair, i64 begin, i64 end, Scratch& scratch, const Expect& expect_next) const {
     const i64 image = Base::image(pair), window = Base::window(pair);
     Block blocks[2];  // the one at hand and the next, by turns
     T rest[kBlock];
@@ -144,13 +161,7 @@ class ForwardKernel : AttentionKernel<X> {
                               upcoming);
         }
       } else {
-        Base::first_block(keys_, pair + 1, next);
-        upcoming.add<X>(in_.key, next, c_.count());
-        upcoming.add<X>(in_.value, next, c_.count());
-        if (by_scores_) {
-          Base::first_block(queries_, pair + 1, next);
-          upcoming.add<X>(in_.query, next, c_.count());
-        }
+        expect_next(upcoming);
       }
       Base::map_queries(block, scratch.focus, scratch.features);
       Base::eps_by_factor(scratch.features.norms, block.count, rest);
