@@ -26,7 +26,11 @@ class BackwardKernel : BackwardMemory<X> {
   using typename Memory::Scratch, typename Memory::Shared;
 
  public:
-  explicit BackwardKernel(const AttentionBackward& p) : Memory(p) {}
+  explicit BackwardKernel(const AttentionBackward& p)
+      : Memory(p),
+        streams_{is_streamed<X>(p.grad_query, p.geometry, p.geometry.queries),
+                 is_streamed<X>(p.grad_key, p.geometry, p.geometry.keys),
+                 is_streamed<X>(p.grad_value, p.geometry, p.geometry.keys)} {}
 
   void run(const Parallel& parallel) {
     constexpr i64 kMostBiasBytes = 8 << 20;
@@ -40,6 +44,9 @@ class BackwardKernel : BackwardMemory<X> {
     shared.bias_slots = schedule.whole == 0 ? 1 : slots;
     shared.bias_in_place = shared.bias_slots == 1 && c_.dim == c_.padded &&
                            element_size(p_.grad_key_bias.dtype) == static_cast<i64>(sizeof(T));
+    shared.bias_streamed =
+        shared.bias_in_place && Base::pairs() == 1 &&
+        is_streamed<X>({p_.grad_key_bias.data, 0, geometry_.channels()}, geometry_, keys_.tokens());
     lay_out_in(shared_workspace, [&](Arena& arena) { Memory::lay_out(arena, shared, slots); });
     clear(shared.parameters, slots);
 
@@ -236,7 +243,7 @@ class BackwardKernel : BackwardMemory<X> {
   void expect_queries(const Block& block, Upcoming& upcoming) const {
     upcoming.add<X>(in_.query, block, c_.count());
     upcoming.add<X>(p_.grad_out, block, c_.count());
-    if (p_.grad_query.data) upcoming.add<X>(p_.grad_query, block, c_.count());
+    if (p_.grad_query.data && !streams_.query) upcoming.add<X>(p_.grad_query, block, c_.count());
   }
   void expect_queries(i64 pair, i64 position, Upcoming& upcoming) const {
     Block block;
@@ -246,8 +253,8 @@ class BackwardKernel : BackwardMemory<X> {
   void expect_tile(const Block& block, Upcoming& upcoming) const {
     upcoming.add<X>(in_.key, block, c_.count());
     upcoming.add<X>(in_.value, block, c_.count());
-    if (p_.grad_value.data) upcoming.add<X>(p_.grad_value, block, c_.count());
-    if (p_.grad_key.data) upcoming.add<X>(p_.grad_key, block, c_.count());
+    if (p_.grad_value.data && !streams_.value) upcoming.add<X>(p_.grad_value, block, c_.count());
+    if (p_.grad_key.data && !streams_.key) upcoming.add<X>(p_.grad_key, block, c_.count());
     Base::expect_bias(block, upcoming);
   }
   void expect_tile(i64 pair, i64 index, Upcoming& upcoming) const {
@@ -335,13 +342,13 @@ class BackwardKernel : BackwardMemory<X> {
   void value_head(i64 h, int count, const Tile* tile, const T* values, const T* dv, Scratch& scratch,
                   const Rows<X>& grad_value, Upcoming& upcoming) const {
     if (!tile) {
-      if (p_.grad_value.data) unpack_head(dv, count, h, c_, grad_value);
+      if (p_.grad_value.data) unpack_head(dv, count, h, c_, grad_value, streams_.value);
       return;
     }
     scratch.ring.stage_head(h);
     const i64 weights = shape_.weight_vector(h, 0);
     if (p_.grad_value.data) {
-      const TapsOutput<X, T> to{dv, scratch.zero_bias, grad_value.at, h * c_.dim};
+      const TapsOutput<X, T> to{dv, scratch.zero_bias, grad_value.at, h * c_.dim, streams_.value};
       taps_.convolve(scratch.ring, scratch.weights + weights, *tile, to, upcoming);
     }
     if (p_.grad_weight) taps_.correlate(scratch.ring, values, *tile, scratch.chain.weight + weights);
@@ -373,8 +380,10 @@ class BackwardKernel : BackwardMemory<X> {
   /// dq of a block from scratch.gradient = factor dQ.
   void query_rows(const Block& block, const T* dot, const Scratch& scratch) const {
     const Rows<X> dx = rows_of<X>(p_.grad_query, block);
-    const RowGradients<X, T> to{p_.grad_query.data ? dx.at : nullptr, nullptr,
-                                p_.grad_scale ? scratch.chain.scale : nullptr};
+    RowGradients<X, T> to;
+    if (p_.grad_query.data) to.dx = dx.at;
+    if (p_.grad_scale) to.scale_sum = scratch.chain.scale;
+    to.streamed = streams_.query;
     focus_query_.backward(rows_of<X>(in_.query, block).at, {}, block.count, scratch.gradient, c_,
                           scratch.focus, scratch.features.norms, dot, to);
   }
@@ -383,11 +392,20 @@ class BackwardKernel : BackwardMemory<X> {
   void key_rows(const Block& block, const T* r, const Norms<T>& norms, const T* dot, bool is_first,
                 const Scratch& scratch) const {
     const Rows<X> dx = rows_of<X>(p_.grad_key, block);
-    const RowGradients<X, T> to{p_.grad_key.data ? dx.at : nullptr, scratch.key_bias_sum,
-                                p_.grad_scale ? scratch.chain.scale : nullptr, is_first};
+    RowGradients<X, T> to;
+    if (p_.grad_key.data) to.dx = dx.at;
+    if (p_.grad_scale) to.scale_sum = scratch.chain.scale;
+    to.bias_sum = scratch.key_bias_sum;
+    to.is_first = is_first;
+    to.streamed = streams_.key;
+    to.bias_streamed = scratch.bias_streamed;
     focus_key_.backward(rows_of<X>(in_.key, block).at, Base::bias_rows(block), block.count, r, c_,
                         scratch.focus, norms, dot, to);
   }
+
+  struct {
+    bool query, key, value;
+  } streams_;  // which gradients are streamed, see is_streamed
 };
 
 }  // namespace flatten::cpu::FLATTEN_ISA

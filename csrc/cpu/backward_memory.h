@@ -39,6 +39,7 @@ class BackwardMemory : protected AttentionKernel<X> {
     i64 partial_stride, bias_elements;
     int bias_slots;
     bool bias_in_place;  // key_bias is the gradient's own memory
+    bool bias_streamed;  // every row of it is stored once, see is_streamed
   };
 
   struct Scratch {
@@ -54,6 +55,7 @@ class BackwardMemory : protected AttentionKernel<X> {
     TapsRing<X, T> ring;
     ParameterSums chain, total;  // of the tokens since the last end_chain; of this slot, in Shared
     T* key_bias_sum;             // this slot's part of Shared, null where not asked for
+    bool bias_streamed;          // as in Shared
   };
 
   i64 weight_elements() const { return p_.grad_weight ? shape_.weight_elements() : 0; }
@@ -111,6 +113,7 @@ class BackwardMemory : protected AttentionKernel<X> {
     s.total = {shared.parameters.scale + slot * c_.padded_count(),
                shared.parameters.bias + slot * c_.padded_count(),
                shared.parameters.weight + slot * weight_elements()};
+    s.bias_streamed = shared.bias_streamed;
     s.key_bias_sum = p_.grad_key_bias ? shared.key_bias + bias_slot * shared.bias_elements : nullptr;
     return s;
   }

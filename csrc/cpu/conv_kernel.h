@@ -22,11 +22,12 @@ class ConvKernel {
         taps_(TapsKernels<X, T>::select(in.taps.kernel_w)) {}
 
   void forward(const ConvForward& p, const Parallel& parallel) const {
+    const bool streamed = is_streamed<X>(p.out, p.geometry, p.geometry.keys);
     for_each_tile(
         parallel, schedule(parallel), false, p.x,
         [&](Work& work) {
           const Rows<X> out = rows_of<X>(p.out, work.block);
-          for (i64 h = 0; h < c_.heads; ++h) convolve(work, h, out);
+          for (i64 h = 0; h < c_.heads; ++h) convolve(work, h, out, streamed);
         },
         [](Work&) {});
   }
@@ -43,13 +44,14 @@ class ConvKernel {
     set_zero(bias_sums, plan.slots * c_.padded_count());
     T ones[kBlock];
     for (T& one : ones) one = 1;
+    const bool streamed = is_streamed<X>(p.grad_x, p.geometry, p.geometry.keys);
     const auto sum_tile = [&](Work& work) {
       const Rows<const X> x = rows_of<X>(p.x, work.block);
       const Rows<X> grad_x = rows_of<X>(p.grad_x, work.block);
       for (i64 h = 0; h < c_.heads; ++h) {
         if (work.tile.is_prefix && !p.grad_x.data) continue;
         if (p.grad_x.data) {
-          convolve(work, h, grad_x);
+          convolve(work, h, grad_x, streamed);
         } else {
           work.ring.stage_head(h);
         }
@@ -132,10 +134,10 @@ class ConvKernel {
   }
 
   /// One head of the tile's taps; prefix tokens have none.
-  void convolve(Work& work, i64 h, const Rows<X>& out) const {
-    if (work.tile.is_prefix) return unpack_head(work.zeros, work.block.count, h, c_, out);
+  void convolve(Work& work, i64 h, const Rows<X>& out, bool streamed) const {
+    if (work.tile.is_prefix) return unpack_head(work.zeros, work.block.count, h, c_, out, streamed);
     work.ring.stage_head(h);
-    const TapsOutput<X, T> to{work.zeros, work.bias + h * c_.padded, out.at, h * c_.dim};
+    const TapsOutput<X, T> to{work.zeros, work.bias + h * c_.padded, out.at, h * c_.dim, streamed};
     taps_.convolve(work.ring, work.weights + shape_.weight_vector(h, 0), work.tile, to, work.upcoming);
   }
 

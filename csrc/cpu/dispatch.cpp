@@ -1,7 +1,11 @@
 // Chooses the kernels' instruction set, once per process.
+#include <charconv>
 #include <cstdlib>
+#include <cstring>
+#include <limits>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <vector>
 
 #include "isa.h"
@@ -53,7 +57,34 @@ const Kernels& choose() {
                            "\", expected one of the sets this processor runs: " + possible);
 }
 
+// Whoever reads this much after the call does not find it in the caches. Measured: benchmarks/NOTES.md.
+constexpr std::int64_t kStreamedFrom = 16 << 20;
+
+std::int64_t choose_streamed_from() {
+  const char* asked = std::getenv("FLATTEN_CPU_STREAM_FROM");
+  if (asked == nullptr || *asked == '\0') {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_is("amd")) return kStreamedFrom;
+#endif
+    return std::numeric_limits<std::int64_t>::max();
+  }
+  std::int64_t bytes = -1;
+  const char* end = asked + std::strlen(asked);
+  const auto [stop, error] = std::from_chars(asked, end, bytes);
+  if (error != std::errc() || stop != end || bytes < 0) {
+    throw std::runtime_error("flatten: FLATTEN_CPU_STREAM_FROM is \"" + std::string(asked) +
+                             "\", expected a number of bytes");
+  }
+  return bytes;
+}
+
 }  // namespace
+
+std::int64_t streamed_from() {
+  static const std::int64_t bytes = choose_streamed_from();
+  return bytes;
+}
 
 const Kernels& kernels() {
   static const Kernels& chosen = choose();

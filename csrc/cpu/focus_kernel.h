@@ -184,10 +184,12 @@ void focus_block(const X* const* x, BiasRows bias, int count, T* z, Channels c, 
 /// Where the gradients of a block's rows go, besides scale: each may be null.
 template <class X, class T>
 struct RowGradients {
-  X* const* dx;           // rounded and stored
-  T* bias_sum;            // rows like key_bias' but padded, to which dx is added
-  T* scale_sum;           // dy y added, padded like a row; the gradient of scale follows from it
-  bool is_first = false;  // bias_sum holds nothing yet
+  X* const* dx = nullptr;      // rounded and stored
+  T* bias_sum = nullptr;       // rows like key_bias' but padded, to which dx is added
+  T* scale_sum = nullptr;      // dy y added, padded like a row; the gradient of scale follows from it
+  bool is_first = false;       // bias_sum holds nothing yet
+  bool streamed = false;       // of dx, see is_streamed
+  bool bias_streamed = false;  // only where it is first
 };
 
 /// The gradients of R rows from row t on, none of them dead.
@@ -225,10 +227,21 @@ FLATTEN_INLINE void focus_rows_backward(const X* const* x, BiasRows bias, int t,
         }
         scale_sum = fma(dy, y, scale_sum);
         const Vec<T> dx = xv > 0 ? dy * inverse_scale : Vec<T>{};
-        if (bias_sum[r]) store(bias_sum[r] + at, to.is_first ? dx : load(bias_sum[r] + at) + dx);
+        if (bias_sum[r]) {
+          T* sum = bias_sum[r] + at;
+          if (kFillsLine<T> && to.bias_streamed) {
+            stream(sum, dx);
+          } else {
+            store(sum, to.is_first ? dx : load(sum) + dx);
+          }
+        }
         if (!to.dx) return;
         X* out = to.dx[t + r] + h * c.dim + d;
-        kWhole ? store(out, dx) : store_at_most(out, dx, left);
+        if (kFillsLine<X> && to.streamed) {
+          stream(out, dx);
+        } else {
+          kWhole ? store(out, dx) : store_at_most(out, dx, left);
+        }
       });
       if (to.scale_sum) store(to.scale_sum + at, scale_sum);
     }

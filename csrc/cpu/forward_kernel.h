@@ -21,7 +21,8 @@ class ForwardKernel : AttentionKernel<X> {
         tiling_(Tiling::make(queries_)),
         shape_(TapsShape<T>::make(p.taps, c_, tiling_)),
         taps_(TapsKernels<X, T>::select(p.taps.kernel_w)),
-        by_scores_(!p.state && Base::can_score()) {}
+        by_scores_(!p.state && Base::can_score()),
+        streamed_(is_streamed<X>(p.out, p.geometry, p.geometry.queries)) {}
 
   void run(const Parallel& parallel) {
     const Schedule schedule =
@@ -155,7 +156,7 @@ class ForwardKernel : AttentionKernel<X> {
         const Tile next_tile = tile_at(queries_, tiling_, index + 1);
         fill_tile(queries_, next, image, window, next_tile);
         upcoming.add<X>(in_.query, next, c_.count());
-        upcoming.add<X>(out_, next, c_.count());
+        if (!streamed_) upcoming.add<X>(out_, next, c_.count());
         if (in_.taps) {
           expect_ring_rows<X>(in_.value, queries_, image, window, next_tile, shape_.pad_h, c_.count(),
                               upcoming);
@@ -175,10 +176,11 @@ class ForwardKernel : AttentionKernel<X> {
         }
         if (has_taps) {
           scratch.ring.stage_head(h);
-          const TapsOutput<X, T> to{scratch.attended, scratch.bias + h * c_.padded, out.at, h * c_.dim};
+          const TapsOutput<X, T> to{scratch.attended, scratch.bias + h * c_.padded, out.at, h * c_.dim,
+                                    streamed_};
           taps_.convolve(scratch.ring, scratch.weights + shape_.weight_vector(h, 0), tile, to, upcoming);
         } else {
-          unpack_head(scratch.attended, block.count, h, c_, out);
+          unpack_head(scratch.attended, block.count, h, c_, out, streamed_);
         }
       }
     }
@@ -209,7 +211,7 @@ class ForwardKernel : AttentionKernel<X> {
   Tiling tiling_;
   TapsShape<T> shape_;
   TapsKernels<X, T> taps_;
-  bool by_scores_;
+  bool by_scores_, streamed_;
 };
 
 }  // namespace flatten::cpu::FLATTEN_ISA

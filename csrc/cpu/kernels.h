@@ -25,6 +25,11 @@ struct Kernels {
   void (*conv_backward)(const ConvBackward&, const Parallel&);
 };
 
+/// Results of this many bytes and more are written past the caches, where whole lines can be: 16 MiB on AMD's
+/// processors, never on others, or what FLATTEN_CPU_STREAM_FROM says. Chosen once. Throws std::runtime_error
+/// when that is not a number of bytes.
+std::int64_t streamed_from();
+
 /// The set in use: the widest this processor runs, or the one FLATTEN_CPU_ISA names. Chosen once.
 /// Throws std::runtime_error when the variable names a set that is unknown or that cannot run here.
 const Kernels& kernels();

@@ -1,6 +1,7 @@
 // Rows of tokens into and out of head-major blocks, and parameters into vectors.
 #pragma once
 
+#include "kernels.h"
 #include "layout.h"
 
 namespace flatten::cpu::FLATTEN_ISA {
@@ -25,6 +26,20 @@ Rows<X> rows_of(const MutableTokens& x, const Block& block) {
   X* image = static_cast<X*>(x.data) + block.image * x.batch_stride;
   for (int t = 0; t < block.count; ++t) rows.at[t] = image + block.token[t] * x.token_stride;
   return rows;
+}
+
+/// Whether a result, `tokens` rows of every image, is written past the caches: where it is large, rows begin
+/// lines, and heads are whole ones.
+template <class X>
+bool is_streamed(const MutableTokens& to, const Geometry& g, i64 tokens) {
+  if constexpr (kFillsLine<X>) {
+    constexpr i64 kLine = kVectorBytes, kSize = sizeof(X);
+    const bool begins_lines = reinterpret_cast<std::uintptr_t>(to.data) % kLine == 0 &&
+                              to.batch_stride * kSize % kLine == 0 && to.token_stride * kSize % kLine == 0;
+    return to.data && begins_lines && g.head_dim * kSize % kLine == 0 &&
+           g.batch * tokens * g.channels() * kSize >= streamed_from();
+  }
+  return false;
 }
 
 /// Rows that will be needed soon. The products and taps of the block at hand call step() every hundred
@@ -138,8 +153,15 @@ void pack_head(const Rows<const X>& rows, int count, i64 head, Channels c, const
   }
 }
 template <class X, class T>
-void unpack_head(const T* from, int count, i64 head, Channels c, const Rows<X>& rows) {
-  for (int t = 0; t < count; ++t) unpack(from + t * c.padded, rows[t] + head * c.dim, c.dim);
+void unpack_head(const T* from, int count, i64 head, Channels c, const Rows<X>& rows, bool streamed) {
+  for (int t = 0; t < count; ++t, from += c.padded) {
+    X* to = rows[t] + head * c.dim;
+    if (!streamed) {
+      unpack(from, to, c.dim);
+      continue;
+    }
+    for (i64 d = 0; d < c.dim; d += kLanes<T>) stream(to + d, load(from + d));
+  }
 }
 
 template <class T>

@@ -29,13 +29,12 @@ struct Schedule {
 /// body(slot) for every slot, in parallel.
 template <class Body>
 void for_each_slot(const Parallel& parallel, int slots, Body& body) {
-  if (slots == 1) return body(0);
-  parallel.run(
-      slots,
-      [](i64 begin, i64 end, void* context) {
-        for (i64 slot = begin; slot < end; ++slot) (*static_cast<Body*>(context))(static_cast<int>(slot));
-      },
-      &body);
+  const auto run = [](i64 begin, i64 end, void* context) {
+    for (i64 slot = begin; slot < end; ++slot) (*static_cast<Body*>(context))(static_cast<int>(slot));
+    finish_streams();
+  };
+  if (slots == 1) return run(0, 1, &body);
+  parallel.run(slots, run, &body);
 }
 
 /// body(begin, end) for runs that cover [0, count), one to a slot, in parallel.

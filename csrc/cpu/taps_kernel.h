@@ -66,6 +66,7 @@ struct TapsOutput {
   const T* bias;   // padded like a row of the head
   X* const* rows;  // the tokens' rows
   i64 channel;     // of the head's first
+  bool streamed;   // see is_streamed
 };
 
 /// The last channels, fewer than a vector, of `count` outputs: `left` from channel d on.
@@ -94,7 +95,9 @@ FLATTEN_INLINE void convolve_run(const TapsRing<X, T>& ring, const T* weights, i
     unrolled<R>([&](auto r) FLATTEN_INLINED { sums[r] = load(start + r * padded + d) + b; });
     convolve_outputs<kKernelW, R, T>(rows, d * ring.channel_stride() + left * stride, stride, present,
                                      weights + d * area, first, last, kernel_w, sums);
-    if (const i64 rest = dim - d; rest >= kLanes<T>) {
+    if (kFillsLine<X> && out.streamed) {
+      unrolled<R>([&](auto r) FLATTEN_INLINED { stream(to[r] + d, sums[r]); });
+    } else if (const i64 rest = dim - d; rest >= kLanes<T>) {
       unrolled<R>([&](auto r) FLATTEN_INLINED { store(to[r] + d, sums[r]); });
     } else {
       T lanes[R * kLanes<T>];

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 // (maskz_ forms with a full mask: the plain AVX-512 intrinsics draw false warnings from GCC 12.)
@@ -300,6 +301,30 @@ FLATTEN_INLINE void store_partial(X* p, Vec<Accumulate<X>> x, i64 count) {
   X buffer[kLanes<Accumulate<X>>];
   store(buffer, x);
   __builtin_memcpy(p, buffer, static_cast<std::size_t>(count) * sizeof(X));
+}
+
+// ---- Stores past the caches.
+
+/// Whether a vector of X fills a line, so that its store need not read the rest of one.
+template <class X>
+constexpr bool kFillsLine = kVectorBytes == 64 && std::is_same_v<X, Accumulate<X>>;
+
+/// Stores past the caches, where p begins a line and X fills it.
+template <class X>
+FLATTEN_INLINE void stream(X* p, Vec<Accumulate<X>> x) {
+#if defined(__AVX512F__)
+  if constexpr (kFillsLine<X>) {
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bit_cast<__m512i>(x));
+  }
+#endif
+  store(p, x);
+}
+
+/// Before other threads read what stream() stored.
+FLATTEN_INLINE void finish_streams() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
 }
 
 // ---- Transposition.
