@@ -160,19 +160,20 @@ class AttentionKernel {
   void sum_keys_chain(i64 pair, i64 begin, i64 end, i64 last, const FocusParameters<T>& f,
                       Features<T>& features, T* values, const Sums<T>& sums,
                       const Expect& expect_next) const {
+    const i64 size = block_size(end - begin);
     const T mean = 1 / static_cast<T>(geometry_.window_keys());
     Block blocks[2];  // the one at hand and the next, by turns
     Upcoming upcoming;
-    keys_.fill(blocks[0], image(pair), window(pair), begin, smaller(kBlock, end - begin));
+    keys_.fill(blocks[0], image(pair), window(pair), begin, smaller(size, end - begin));
     int turn = 0;
-    for (i64 at = begin; at < end; at += kBlock, turn ^= 1) {
+    for (i64 at = begin; at < end; at += size, turn ^= 1) {
       const Block& block = blocks[turn];
       Block& next = blocks[turn ^ 1];
       map_keys(block, f, features);
       const Rows<const X> rows = rows_of<X>(in_.value, block);
       upcoming.plan(c_.heads * product_steps<T>(c_.dim, c_.padded, block.count));
-      if (at + kBlock < last) {
-        keys_.fill(next, image(pair), window(pair), at + kBlock, smaller(kBlock, last - at - kBlock));
+      if (at + size < last) {
+        keys_.fill(next, image(pair), window(pair), at + size, smaller(size, last - at - size));
         upcoming.add<X>(in_.key, next, c_.count());
         upcoming.add<X>(in_.value, next, c_.count());
         expect_bias(next, upcoming);

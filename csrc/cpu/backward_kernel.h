@@ -152,18 +152,18 @@ class BackwardKernel : BackwardMemory<X> {
   void query_chain(i64 pair, i64 begin, i64 end, i64 last, Scratch& scratch, const Sums<T>& gradients,
                    const Expect& expect_next) const {
     Features<T>& features = scratch.features;
+    const i64 size = block_size(end - begin);
     T rest[kBlock];
     Block blocks[2];  // the one at hand and the next, by turns
     Upcoming upcoming;
-    queries_.fill(blocks[0], Base::image(pair), Base::window(pair), begin, smaller(kBlock, end - begin));
+    queries_.fill(blocks[0], Base::image(pair), Base::window(pair), begin, smaller(size, end - begin));
     int turn = 0;
-    for (i64 at = begin; at < end; at += kBlock, turn ^= 1) {
+    for (i64 at = begin; at < end; at += size, turn ^= 1) {
       const Block& block = blocks[turn];
       Block& next = blocks[turn ^ 1];
       upcoming.plan(2 * c_.heads * Base::head_steps(block.count));
-      if (at + kBlock < last) {
-        queries_.fill(next, block.image, Base::window(pair), at + kBlock,
-                      smaller(kBlock, last - at - kBlock));
+      if (at + size < last) {
+        queries_.fill(next, block.image, Base::window(pair), at + size, smaller(size, last - at - size));
         expect_queries(next, upcoming);
       } else {
         expect_next(upcoming);

@@ -28,6 +28,12 @@ FLATTEN_INLINE void in_pieces(i64 count, const Body& body) {
 /// Tokens a block may hold: its q, k, v and gradient rows stay in the caches near the core.
 constexpr int kBlock = 64;
 
+/// Of blocks that cover `count` tokens, as even as whole groups of eight allow.
+FLATTEN_INLINE i64 block_size(i64 count) {
+  const i64 blocks = ceil_div(count, kBlock);
+  return ceil_div(ceil_div(count, blocks), 8) * 8;
+}
+
 /// Blocks whose terms are added up one after the other before they join a longer sum. A float32 sum of n
 /// terms in one chain is off by about 6e-8 sqrt(n), which on a large map would be the largest error by far.
 constexpr i64 kChainBlocks = 16;
