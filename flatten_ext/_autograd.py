@@ -54,7 +54,7 @@ class Family:
     """How autograd runs an operator whose arguments are split into `tensors`, which have gradients, in schema
     order, and `options`, which have none."""
 
-    forward: Callable  # (tensors, options, saved_windows) -> out, state or None
+    forward: Callable  # (keys, tensors, options, saved_windows) -> out, state or None; see _forward_by
     backward: Callable  # (grad_out, tensors, options, state, mask) -> the gradients in mask
     reference: Callable  # (tensors, options) -> out, differentiable in any mode
 
@@ -74,16 +74,20 @@ def _saved_windows(q: Tensor, k: Tensor, num_heads: int, window: Sequence[int] |
     """How many windows' S and m are kept for the backward: what the budget allows, but none of windows with
     fewer keys than a head has channels, whose S is larger than what it is made from. On CUDA all or none.
     Formed without asking which is larger, so that dynamic shapes stay dynamic."""
-    if q.dim() != 3 or k.dim() != 3 or not 1 <= num_heads <= q.shape[2]:
+    q_shape, k_shape, size = q.shape, k.shape, q.element_size()
+    if len(q_shape) != 3 or len(k_shape) != 3 or not 1 <= num_heads <= q_shape[2]:
         return 0  # attention_forward will say what is wrong
-    if window is not None and (len(window) != 2 or min(window) < 1):
+    if window is None:
+        windows, keys = q_shape[0], k_shape[1]
+    elif len(window) != 2 or min(window) < 1:
         return 0
-    head_dim, windows = q.shape[2] // num_heads, count_windows(q, window)
-    keys = k.shape[1] if window is None else window[0] * window[1]
-    budget = 3 * keys * q.element_size()
-    each = _STATE_SHARE * (head_dim + 1) * max(q.element_size(), 4)
+    else:
+        windows, keys = count_windows(q, window), window[0] * window[1]
+    head_dim = q_shape[2] // num_heads
+    budget = 3 * keys * size
+    each = _STATE_SHARE * (head_dim + 1) * max(size, 4)
     least = min if type(windows * keys * head_dim) is int else torch.sym_min  # min would ask
-    if q.device.type == "cuda":
+    if q.is_cuda:
         return windows * least(1, budget // each)
     return least(windows, windows * budget // each) * least(1, keys // head_dim)
 
@@ -96,9 +100,16 @@ def _attention_reference(tensors: Sequence[Any], options: tuple) -> Tensor:
     return reference.linear_attention(q, k, v, num_heads, dwc_weight, dwc_bias, size, window, shift, eps)
 
 
+def _forward_by(keys: DispatchKeySet | None, overload: Any, *args: Any) -> Any:
+    """Calls an operator by the keys below autograd; without any, by its overload, which finds its own."""
+    if keys is None:
+        return overload(*args)
+    return overload._handle.redispatch_boxed(keys, *args)
+
+
 ATTENTION = Family(
-    forward=lambda tensors, options, saved_windows: _ops.attention_forward.default(
-        *attention_arguments(tensors, options), saved_windows
+    forward=lambda keys, tensors, options, saved_windows: _forward_by(
+        keys, _ops.attention_forward.default, *attention_arguments(tensors, options), saved_windows
     ),
     backward=lambda grad_out, tensors, options, state, mask: _ops.attention_backward.default(
         grad_out, *attention_arguments(tensors, options), state, mask
@@ -107,7 +118,10 @@ ATTENTION = Family(
 )
 
 CONV = Family(
-    forward=lambda tensors, options, saved_windows: (_ops.depthwise_conv.default(*tensors, *options), None),
+    forward=lambda keys, tensors, options, saved_windows: (
+        _forward_by(keys, _ops.depthwise_conv.default, *tensors, *options),
+        None,
+    ),
     backward=lambda grad_out, tensors, options, state, mask: _ops.depthwise_conv_backward.default(
         grad_out, *tensors, *options, mask
     ),
@@ -116,12 +130,15 @@ CONV = Family(
 
 
 class _Forward(_SingleLevelFunction):
-    """First derivatives, by the kernels. Returns what family.forward returns."""
+    """First derivatives, by the kernels. Returns what family.forward returns. `keyset` is the caller's."""
 
     @staticmethod
-    def forward(ctx, family, options, saved_windows, *tensors):
-        with _this_level_off():
-            out, state = family.forward(tensors, options, saved_windows)
+    def forward(ctx, keyset, family, options, saved_windows, *tensors):
+        if torch._C._are_functorch_transforms_active():
+            with _this_level_off():
+                out, state = family.forward(None, tensors, options, saved_windows)
+        else:
+            out, state = family.forward(keyset & _after_autograd, tensors, options, saved_windows)
         ctx.family, ctx.options = family, options
         ctx.save_for_backward(state, *tensors)
         ctx.set_materialize_grads(False)  # the state has none: no zeros of its size
@@ -131,13 +148,13 @@ class _Forward(_SingleLevelFunction):
 
     @staticmethod
     def backward(ctx, grad_out, grad_state):
-        mask = ctx.needs_input_grad[3:]
+        mask = ctx.needs_input_grad[4:]
         if grad_out is None:
-            return None, None, None, *(None for _ in mask)
+            return None, None, None, None, *(None for _ in mask)
         state, *tensors = ctx.saved_tensors
         with nullcontext() if _may_record() else _below_autograd():
             gradients = iter(ctx.family.backward(grad_out, tensors, ctx.options, state, list(mask)))
-        return None, None, None, *(next(gradients) if wanted else None for wanted in mask)
+        return None, None, None, None, *(next(gradients) if wanted else None for wanted in mask)
 
 
 class _Backward(_SingleLevelFunction):
@@ -234,7 +251,7 @@ def _attention_autograd(
         return _attention_reference(tensors, options)
     if _records(*tensors):
         saved = _saved_windows(q, k, num_heads, window)
-        return _apply(_Forward, ATTENTION, options, saved, *tensors)[0]
+        return _apply(_Forward, keyset, ATTENTION, options, saved, *tensors)[0]
     return _attention.redispatch_boxed(
         keyset & _after_autograd, q, k, v, num_heads, scale, key_bias, dwc_weight, dwc_bias,
         size, window, shift, focusing_factor, eps,
@@ -250,7 +267,7 @@ def _linear_attention_autograd(
         return _attention_reference(tensors, options)
     if _records(*tensors):
         saved = _saved_windows(q, k, num_heads, window)
-        return _apply(_Forward, ATTENTION, options, saved, *tensors)[0]
+        return _apply(_Forward, keyset, ATTENTION, options, saved, *tensors)[0]
     return _linear_attention.redispatch_boxed(
         keyset & _after_autograd, q, k, v, num_heads, dwc_weight, dwc_bias, size, window, shift, eps
     )
@@ -261,7 +278,7 @@ def _conv_autograd(keyset, x, weight, bias, size, window=None, shift=None):
     if _in_forward_mode():
         return CONV.reference(tensors, options)
     if _records(*tensors):
-        return _apply(_Forward, CONV, options, 0, *tensors)[0]
+        return _apply(_Forward, keyset, CONV, options, 0, *tensors)[0]
     return _depthwise_conv.redispatch_boxed(keyset & _after_autograd, x, weight, bias, size, window, shift)
 
 
@@ -273,7 +290,7 @@ def _attention_forward_autograd(
     tensors = (q, k, v, scale, key_bias, dwc_weight, dwc_bias)
     options = (num_heads, size, window, shift, focusing_factor, eps)
     if _records(*tensors):
-        return _apply(_Forward, ATTENTION, options, saved_windows, *tensors)
+        return _apply(_Forward, keyset, ATTENTION, options, saved_windows, *tensors)
     return _attention_forward.redispatch_boxed(
         keyset & _after_autograd, *attention_arguments(tensors, options), saved_windows
     )
