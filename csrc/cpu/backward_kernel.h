@@ -19,7 +19,7 @@ class BackwardKernel : BackwardMemory<X> {
   using Base::c_, Base::focus_key_, Base::focus_query_, Base::gemm_, Base::geometry_, Base::in_, Base::keys_,
       Base::queries_;
   using Memory::by_scores_, Memory::needs_key_rows_, Memory::needs_query_rows_, Memory::needs_ring_,
-      Memory::needs_sums_, Memory::p_, Memory::shape_, Memory::taps_, Memory::tiling_;
+      Memory::needs_sums_, Memory::one_tile_, Memory::p_, Memory::shape_, Memory::taps_, Memory::tiling_;
   using Memory::clear, Memory::end_chain, Memory::make_scratch, Memory::needs_attention, Memory::prepare_taps,
       Memory::state_of, Memory::take_sums, Memory::transpose_matrices;
   using typename Base::T;
@@ -63,7 +63,7 @@ class BackwardKernel : BackwardMemory<X> {
         if (needs_attention()) {
           if (!state_of(pair)) {
             clear(scratch.sums);
-            Base::sum_keys(pair, 0, keys_.tokens(), scratch.focus, scratch.features, scratch.packed,
+            Base::sum_keys(pair, 0, keys_.tokens(), scratch.focus, scratch.key_features, scratch.packed,
                            scratch.sums, [&](Upcoming& upcoming) { expect_queries(pair, 0, upcoming); });
           }
           take_sums(pair, scratch);
@@ -72,7 +72,8 @@ class BackwardKernel : BackwardMemory<X> {
                      [&](Upcoming& upcoming) { expect_tile(pair, 0, upcoming); });
           transpose_matrices(scratch.gradients.s, scratch.transposed);
         }
-        key_pass(pair, 0, tiling_.count(), pair == first, scratch,
+        const bool mapped = one_tile_ && needs_attention() && !state_of(pair);
+        key_pass(pair, 0, tiling_.count(), pair == first, mapped, scratch,
                  [&](Upcoming& upcoming) { expect_pair(next_pair, {}, upcoming); });
       }
     };
@@ -126,7 +127,7 @@ class BackwardKernel : BackwardMemory<X> {
         Base::add_partials(shared.partial_gradients, stride, slots, scratch.gradients);
         transpose_matrices(scratch.gradients.s, scratch.transposed);
       }
-      key_pass(pair, start.tile, stop.tile, pair == 0, scratch,
+      key_pass(pair, start.tile, stop.tile, pair == 0, false, scratch,
                [&](Upcoming& upcoming) { expect_pair(pair + 1, start, upcoming); });
     };
     if (needs_attention()) {
@@ -286,10 +287,10 @@ class BackwardKernel : BackwardMemory<X> {
   /// dk, dv and their part of dscale, dkey_bias, dweight, dbias of tiles [begin, end) of a window. The sum of
   /// key_bias's gradient, which may be as large as the keys, is not cleared but begun by the `is_first` pair.
   template <class Expect>
-  void key_pass(i64 pair, i64 begin, i64 end, bool is_first, Scratch& scratch,
+  void key_pass(i64 pair, i64 begin, i64 end, bool is_first, bool mapped, Scratch& scratch,
                 const Expect& expect_next) const {
     const i64 image = Base::image(pair), window = Base::window(pair);
-    Features<T>& features = scratch.features;
+    Features<T>& features = scratch.key_features;
     const bool packs_values = p_.grad_weight || needs_key_rows_;
     const T mean = 1 / static_cast<T>(geometry_.window_keys());
     T ones[kBlock], weight[kBlock];
@@ -318,7 +319,7 @@ class BackwardKernel : BackwardMemory<X> {
         expect_next(upcoming);
       }
       if (needs_sums_) {
-        Base::map_keys(block, scratch.focus, features);
+        if (!mapped) Base::map_keys(block, scratch.focus, features);
         for (int t = 0; t < block.count; ++t) weight[t] = features.norms.factor[t] * mean;
       }
       if (has_taps) scratch.ring.begin_tile(p_.grad_out, keys_, image, window, tile);
@@ -363,7 +364,7 @@ class BackwardKernel : BackwardMemory<X> {
                     upcoming);
     }
     if (p_.grad_value.data) {
-      gemm_.product(count, c_.dim, c_.padded, scratch.features.z + h * c_.head_stride(),
+      gemm_.product(count, c_.dim, c_.padded, scratch.key_features.z + h * c_.head_stride(),
                     scratch.gradients.s + h * c_.matrix(), nullptr, weight, scratch.dv, upcoming);
     }
   }

@@ -24,7 +24,8 @@ class BackwardMemory : protected AttentionKernel<X> {
         needs_query_rows_(p.grad_query.data || p.grad_scale),
         needs_sums_(needs_key_rows_ || p.grad_value.data),
         needs_ring_(p.taps && (p.grad_value.data || p.grad_weight || p.grad_bias)),
-        by_scores_(needs_attention() && Base::can_score()) {}
+        by_scores_(needs_attention() && Base::can_score()),
+        one_tile_(tiling_.count() == 1) {}
 
   /// dy y and dbias as padded rows, dweight in the kernels' order.
   struct ParameterSums {
@@ -44,7 +45,7 @@ class BackwardMemory : protected AttentionKernel<X> {
 
   struct Scratch {
     FocusParameters<T> focus;
-    Features<T> features;
+    Features<T> features, key_features;
     T* inverse_scale;
     T* gradient;     // of a block of features, times their factors
     T *packed, *dv;  // one head of a block
@@ -88,7 +89,8 @@ class BackwardMemory : protected AttentionKernel<X> {
 
   void lay_out(Arena& arena, Scratch& s) const {
     s.inverse_scale = arena.take<T>(c_.padded_count());
-    s.features = Base::take_features(arena);
+    s.features = s.key_features = Base::take_features(arena);
+    if (one_tile_) s.key_features.z = arena.take<T>(c_.block());
     s.gradient = arena.take<T>(c_.block());
     s.packed = arena.take<T>(c_.head_stride());
     s.dv = arena.take<T>(c_.head_stride());
@@ -187,6 +189,7 @@ class BackwardMemory : protected AttentionKernel<X> {
   TapsShape<T> shape_;
   TapsKernels<X, T> taps_;
   bool needs_key_rows_, needs_query_rows_, needs_sums_, needs_ring_, by_scores_;
+  bool one_tile_;  // a window's keys are one tile, whose features outlive the query pass
 };
 
 }  // namespace flatten::cpu::FLATTEN_ISA
