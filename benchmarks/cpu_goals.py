@@ -65,10 +65,16 @@ class Goal:
         return self.figure >= self.target if self.sense == ">=" else self.figure <= self.target
 
     def row(self) -> list[str]:
-        show = (lambda x: f"{x:.3g}{self.unit}") if self.unit != " MiB" else (lambda x: f"{x:.2f}{self.unit}")
-        figure = "-" if self.figure is None else show(self.figure)
+        def show(x: float, digits: int) -> str:
+            return f"{x:.2f}{self.unit}" if self.unit == " MiB" else f"{x:.{digits}g}{self.unit}"
+
+        digits, value = 3, self.figure  # more digits where it would look like the target that it misses
+        while self.met is False and digits < 6 and show(value, digits) == show(self.target, digits):
+            digits += 1
+        figure = "-" if value is None else show(value, digits)
         verdict = {True: "met", False: "NOT MET", None: "not measured"}[self.met]
-        return [f"{self.number} {self.what}", figure, f"{self.sense} {show(self.target)}", verdict, self.note]
+        target = f"{self.sense} {show(self.target, 3)}"
+        return [f"{self.number} {self.what}", figure, target, verdict, self.note]
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,8 @@ def test_goals_are_measured_and_judged(tmp_path, monkeypatch, capsys):
     assert (least.met, dataclasses.replace(least, figure=1.9).met) == (True, False)
     assert (most.met, dataclasses.replace(most, figure=2.1).met) == (True, False)
     assert dataclasses.replace(least, figure=None).met is None
+    almost = dataclasses.replace(least, figure=1.9996)
+    assert (least.row()[1], almost.row()[1], almost.row()[3]) == ("2", "1.9996", "NOT MET")
 
     output = tmp_path / "goals.json"
     assert goals.main(["--quick", "--output", str(output)]) == 0
