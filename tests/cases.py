@@ -100,6 +100,7 @@ CASES = {
     "head-dim-8": Case(heads=4, head_dim=8),
     "head-dim-20": Case(heads=3, head_dim=20),
     "head-dim-32": Case(heads=3, head_dim=32, size=(10, 13)),
+    "one-image": Case(heads=2, head_dim=32, size=(10, 13), batch=1),
     "head-dim-48": Case(heads=2, head_dim=48),
     "head-dim-64": Case(heads=2, head_dim=64, size=(8, 9)),
     "head-dim-96": Case(heads=1, head_dim=96),
