@@ -77,13 +77,10 @@ def _saved_windows(q: Tensor, k: Tensor, num_heads: int, window: Sequence[int] |
     q_shape, k_shape, size = q.shape, k.shape, q.element_size()
     if len(q_shape) != 3 or len(k_shape) != 3 or not 1 <= num_heads <= q_shape[2]:
         return 0  # attention_forward will say what is wrong
-    if window is None:
-        windows, keys = q_shape[0], k_shape[1]
-    elif len(window) != 2 or min(window) < 1:
+    if window is not None and (len(window) != 2 or min(window) < 1):
         return 0
-    else:
-        windows, keys = count_windows(q, window), window[0] * window[1]
-    head_dim = q_shape[2] // num_heads
+    head_dim, windows = q_shape[2] // num_heads, count_windows(q, window)
+    keys = k_shape[1] if window is None else window[0] * window[1]
     budget = 3 * keys * size
     each = _STATE_SHARE * (head_dim + 1) * max(size, 4)
     least = min if type(windows * keys * head_dim) is int else torch.sym_min  # min would ask

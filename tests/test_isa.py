@@ -13,7 +13,8 @@ from flatten_ext import _load
 
 HERE = Path(__file__).parent
 OTHERS = [isa for isa in _load.cpu_isas() if isa != _load.cpu_isa()]
-CALL = "import torch, flatten_ext; flatten_ext.attention(*torch.ones(3, 1, 4, 4), 1)"
+CALL = "import torch, flatten_ext; flatten_ext.attention(*torch.ones(3, 1, 4, 16), 1)"
+streams = pytest.mark.skipif("avx512" not in _load.cpu_isas(), reason="only vectors of 64 bytes fill lines")
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -48,15 +49,14 @@ def test_a_set_that_is_not_here_is_an_error_that_lists_those_that_are(isa: str) 
     assert all(known in done.stderr for known in _load.cpu_isas())
 
 
-@pytest.mark.skipif("avx512" not in _load.cpu_isas(), reason="only vectors of 64 bytes fill lines")
+@streams
 def test_results_written_past_the_caches_are_the_same() -> None:
     passes("attention", "golden", "fuzz", FLATTEN_CPU_ISA="avx512", FLATTEN_CPU_STREAM_FROM="0")
 
 
-@pytest.mark.skipif("avx512" not in _load.cpu_isas(), reason="only vectors of 64 bytes fill lines")
+@streams
 @pytest.mark.parametrize("size", ["16M", "-1", "1e6", " 1", "99999999999999999999"])
 def test_a_size_that_is_no_number_of_bytes_is_an_error(size: str) -> None:
-    call = CALL.replace("4, 4)", "4, 16)")
-    done = python("-c", call, FLATTEN_CPU_ISA="avx512", FLATTEN_CPU_STREAM_FROM=size)
+    done = python("-c", CALL, FLATTEN_CPU_ISA="avx512", FLATTEN_CPU_STREAM_FROM=size)
     assert done.returncode != 0
     assert f'FLATTEN_CPU_STREAM_FROM is "{size}", expected a number of bytes' in done.stderr

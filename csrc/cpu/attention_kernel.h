@@ -82,6 +82,12 @@ class AttentionKernel {
     if (pair >= pairs()) return;
     grid.fill(block, image(pair), window(pair), position, smaller(kBlock, grid.tokens() - position));
   }
+  /// The tokens of a pair's tile, none behind the last tile or pair.
+  void tile_block(const Grid& grid, const Tiling& tiling, i64 pair, i64 index, Block& block) const {
+    block.clear(0);
+    if (pair >= pairs() || index >= tiling.count()) return;
+    fill_tile(grid, block, image(pair), window(pair), tile_at(grid, tiling, index));
+  }
   i64 sums_elements() const { return c_.matrices() + c_.padded_count(); }
   Sums<T> sums_at(T* memory) const { return {memory, memory + c_.matrices()}; }
 

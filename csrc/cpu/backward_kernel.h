@@ -259,9 +259,8 @@ class BackwardKernel : BackwardMemory<X> {
     Base::expect_bias(block, upcoming);
   }
   void expect_tile(i64 pair, i64 index, Upcoming& upcoming) const {
-    if (pair >= Base::pairs() || index >= tiling_.count()) return;
     Block block;
-    fill_tile(keys_, block, Base::image(pair), Base::window(pair), tile_at(keys_, tiling_, index));
+    Base::tile_block(keys_, tiling_, pair, index, block);
     expect_tile(block, upcoming);
   }
   void expect_pair(i64 pair, Start start, Upcoming& upcoming) const {

@@ -1,4 +1,4 @@
-// Chooses the kernels' instruction set, once per process.
+// Chooses the kernels' instruction set, and from what size on they write past the caches, once per process.
 #include <charconv>
 #include <cstdlib>
 #include <cstring>

@@ -129,9 +129,8 @@ class ForwardKernel : AttentionKernel<X> {
 
   /// Adds the queries of a tile of a pair to come; none behind the last.
   void expect_queries(i64 pair, i64 index, Upcoming& upcoming) const {
-    if (pair >= Base::pairs() || index >= tiling_.count()) return;
     Block block;
-    fill_tile(queries_, block, Base::image(pair), Base::window(pair), tile_at(queries_, tiling_, index));
+    Base::tile_block(queries_, tiling_, pair, index, block);
     upcoming.add<X>(in_.query, block, c_.count());
   }
 
