@@ -7,8 +7,8 @@
 
 What is compared takes turns in one process and is compared by medians; torch.mm(2048), the yardstick of
 arithmetic, takes its turn too. A turn is a visit of many calls, the first of them untimed: they bring back
-what the others drove out of the caches (see flatten_ext/bench/timing.py). The record (--output) can be read
-by compare.py; the table lies beside it, in Markdown.
+what the others drove out of the caches (see flatten_ext/tools/bench/timing.py). The record (--output) can be
+read by compare.py; the table lies beside it, in Markdown.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from torch import Tensor
 from two_threads import time_threads
 
 from flatten_ext import attention, reference
-from flatten_ext.bench import stages, tables, timing
-from flatten_ext.bench.check import CheckFailed, check_focused, relative_error
-from flatten_ext.bench.formulas import Inputs, eager_attention, make_inputs
-from flatten_ext.bench.shapes import QUICK_STAGES, STAGES, Shape, token_ladder
-from flatten_ext.bench.stages import MODES, Measurement, call_of, modes_of
-from flatten_ext.output import write_json, write_text
+from flatten_ext.tools.bench import stages, tables, timing
+from flatten_ext.tools.bench.check import CheckFailed, check_focused, relative_error
+from flatten_ext.tools.bench.formulas import Inputs, eager_attention, make_inputs
+from flatten_ext.tools.bench.shapes import QUICK_STAGES, STAGES, Shape, token_ladder
+from flatten_ext.tools.bench.stages import MODES, Measurement, call_of, modes_of
+from flatten_ext.tools.output import write_json, write_text
 
 CPU = torch.device("cpu")
 FORWARD, TRAINING = MODES

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 from flatten_ext import info
 from flatten_ext.models._attention import FocusedAttention
-from flatten_ext.output import write_json
 from flatten_ext.reference import from_windows, to_windows
+from flatten_ext.tools.output import write_json
 
 ORIGINALS = {
     "flatten_swin_tiny": "swin_tiny_patch4_window7_224",

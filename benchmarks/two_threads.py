@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from flatten_ext import attention
-from flatten_ext.bench import timing
-from flatten_ext.bench.formulas import make_inputs
-from flatten_ext.bench.shapes import Shape
-from flatten_ext.bench.stages import MODES, call_of, modes_of
+from flatten_ext.tools.bench import timing
+from flatten_ext.tools.bench.formulas import make_inputs
+from flatten_ext.tools.bench.shapes import Shape
+from flatten_ext.tools.bench.stages import MODES, call_of, modes_of
 
 __all__ = ["time_threads"]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from . import _autograd as _autograd
 from . import _load  # first: registers torch.ops.flatten
+from . import _moved as _moved
 from . import _registrations as _registrations
 from .nn import FocusedLinearAttention
 from .ops import attention, depthwise_conv, linear_attention
@@ -17,8 +18,8 @@ __version__: str = _load.build_info()["version"]
 
 # Names whose modules need more than torch; imported when first asked for.
 _LAZY = {
-    "attention_map": "visualize",
-    "convert": "conversion",
+    "attention_map": "analysis",
+    "convert": "models.convert",
     "load_official": "models",
 }
 

@@ -1,6 +1,6 @@
 """`python -m flatten_ext`, and the script `flatten-ext`."""
 
-from flatten_ext.cli import main
+from flatten_ext.tools.cli import main
 
 __all__ = ["main"]
 

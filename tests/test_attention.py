@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from flatten_ext import reference
 from flatten_ext._autograd import count_windows
-from flatten_ext.bench import timing
+from flatten_ext.tools.bench import timing
 
 attention = torch.ops.flatten.attention
 CONV_CASES = [

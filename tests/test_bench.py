@@ -18,7 +18,7 @@ pytest.importorskip("timm")
 from typer.testing import CliRunner
 
 from flatten_ext import reference
-from flatten_ext.bench import (
+from flatten_ext.tools.bench import (
     ablation,
     alternatives,
     charts,
@@ -29,13 +29,13 @@ from flatten_ext.bench import (
     tables,
     timing,
 )
-from flatten_ext.bench.check import CheckFailed, check_focused, relative_error
-from flatten_ext.bench.formulas import eager_attention, make_inputs
-from flatten_ext.bench.results import Results
-from flatten_ext.bench.shapes import QUICK_STAGES, STAGES, Shape, token_ladder
-from flatten_ext.cli import build_app
-from flatten_ext.demo.images import load_mnist
-from flatten_ext.demo.training import Budget
+from flatten_ext.tools.bench.check import CheckFailed, check_focused, relative_error
+from flatten_ext.tools.bench.formulas import eager_attention, make_inputs
+from flatten_ext.tools.bench.results import Results
+from flatten_ext.tools.bench.shapes import QUICK_STAGES, STAGES, Shape, token_ladder
+from flatten_ext.tools.cli import build_app
+from flatten_ext.tools.micro.images import load_mnist
+from flatten_ext.tools.micro.training import Budget
 
 CPU = torch.device("cpu")
 SMALL = Shape("small", 2, (4, 6), 32, 2, window=2)

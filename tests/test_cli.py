@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -11,8 +12,9 @@ import pytest
 import torch
 
 import flatten_ext
-from flatten_ext import cli, extras, info
-from flatten_ext.output import replacing, write_json
+from flatten_ext import _moved, info
+from flatten_ext.tools import cli, extras
+from flatten_ext.tools.output import replacing, write_json
 
 
 def run(*arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
@@ -29,7 +31,7 @@ WITHOUT = """
 import sys
 for name in sys.argv.pop(1).split(","):
     sys.modules[name] = None
-from flatten_ext.cli import main
+from flatten_ext.tools.cli import main
 main()
 """
 
@@ -115,3 +117,25 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path):
         interrupted()
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_old_module_path_is_the_new_module_and_warns():
+    for old in (*_moved.MOVED, "bench.timing", "demo.run", "commands.info"):
+        name = f"flatten_ext.{old}"
+        new = _moved.new_path(name)
+        for imported in (name, "flatten_ext.bench", "flatten_ext.demo", "flatten_ext.commands"):
+            sys.modules.pop(imported, None)  # an earlier test's import warned already
+        with pytest.warns(DeprecationWarning, match=rf"{name} has moved to {new};".replace(".", r"\.")):
+            module = importlib.import_module(name)
+        real = importlib.import_module(new)
+        for public in getattr(real, "__all__", []):
+            assert getattr(module, public) is getattr(real, public)
+
+
+@pytest.mark.filterwarnings("ignore:flatten_ext.visualize has moved")
+def test_names_of_an_old_module_path_are_those_of_the_new():
+    from flatten_ext import visualize as old
+
+    assert old.attention_map is flatten_ext.attention_map
+    with pytest.raises(AttributeError, match="nothing"):
+        old.nothing  # noqa: B018

@@ -14,11 +14,11 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 from flatten_ext import reference
-from flatten_ext.cli import build_app
-from flatten_ext.demo.attentions import VARIANTS, influence
-from flatten_ext.demo.images import load_mnist
-from flatten_ext.demo.models import MicroSwin, MicroViT
-from flatten_ext.demo.training import Budget, total_steps, train
+from flatten_ext.tools.cli import build_app
+from flatten_ext.tools.demo.attentions import VARIANTS, influence
+from flatten_ext.tools.micro.images import load_mnist
+from flatten_ext.tools.micro.models import MicroSwin, MicroViT
+from flatten_ext.tools.micro.training import Budget, total_steps, train
 
 
 @pytest.fixture(scope="module")

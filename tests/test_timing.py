@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from flatten_ext.bench import timing
+from flatten_ext.tools.bench import timing
 
 CPU = torch.device("cpu")
 
@@ -93,7 +93,7 @@ def test_prepare_comes_before_each_visit_and_is_not_timed(monkeypatch):
 
 FAULTS = """
 import resource, torch
-from flatten_ext.bench import timing
+from flatten_ext.tools.bench import timing
 
 def faults(megabytes):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import flatten_ext.models  # noqa: F401
-from flatten_ext.evaluate import evaluate
+from flatten_ext.tools.evaluate import evaluate
 
 
 class Answers(nn.Module):
@@ -79,7 +79,7 @@ def test_command(tmp_path: Path) -> None:
     typer = pytest.importorskip("typer")
     from typer.testing import CliRunner
 
-    from flatten_ext.commands import evaluate as command
+    from flatten_ext.tools.commands import evaluate as command
 
     torch.manual_seed(0)
     for name in ("a", "b"):

@@ -12,8 +12,8 @@ from timm.layers import Mlp
 from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch._dynamo.testing import EagerAndRecordGraphs
 
-from flatten_ext.bench.timing import peak_memory
 from flatten_ext.models import _mlp
+from flatten_ext.tools.bench.timing import peak_memory
 
 
 def _untiled(model: torch.nn.Module) -> torch.nn.Module:

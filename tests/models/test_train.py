@@ -17,9 +17,9 @@ import timm
 import torch
 from PIL import Image
 
-from flatten_ext.data import open_dataset
-from flatten_ext.evaluate import write_atomically
-from flatten_ext.train import TrainConfig, Trainer, distillation_loss
+from flatten_ext.tools.data import open_dataset
+from flatten_ext.tools.evaluate import write_atomically
+from flatten_ext.tools.train import TrainConfig, Trainer, distillation_loss
 
 SMALL = {"embed_dim": 24, "depth": 1, "num_heads": 3, "patch_size": 8, "img_size": 32}
 
@@ -61,7 +61,7 @@ def test_it_learns(tmp_path: Path) -> None:
 SCRIPT = """
 import json, sys, torch
 torch.set_num_threads(1)
-from flatten_ext.train import TrainConfig, Trainer
+from flatten_ext.tools.train import TrainConfig, Trainer
 Trainer(TrainConfig(**json.loads(sys.argv[1]))).fit(lambda done, total, loss: print(done, flush=True))
 """
 

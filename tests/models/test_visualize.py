@@ -12,7 +12,7 @@ from families import small
 from PIL import Image
 
 import flatten_ext
-from flatten_ext.visualize import attention_map, record_attention, sharpness, softmax_map
+from flatten_ext.analysis import attention_map, record_attention, sharpness, softmax_map
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
@@ -85,7 +85,7 @@ def test_command(tmp_path: Path) -> None:
     typer = pytest.importorskip("typer")
     from typer.testing import CliRunner
 
-    from flatten_ext.commands import visualize as command
+    from flatten_ext.tools.commands import visualize as command
 
     y, x = np.mgrid[0:80, 0:100]
     picture = np.stack([2 * y, 2 * x, 255 * ((y - 40) ** 2 + (x - 50) ** 2 < 400)], -1).astype(np.uint8)

@@ -1,0 +1,78 @@
+"""`bench`: checks, then times; and the suites behind docs/evidence.md."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from flatten_ext.tools.extras import require
+
+
+class Suite(str, enum.Enum):
+    """What to measure."""
+
+    stages = "stages"
+    alternatives = "alternatives"
+    tokens = "tokens"
+    roofline = "roofline"
+    models = "models"
+    quality = "quality"
+    all = "all"
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to the application."""
+
+    @app.command("bench")
+    def command(
+        suite: Annotated[
+            Suite,
+            typer.Option(
+                help="stages: the op, the eager formula, torch.compile and softmax at the published models' "
+                "shapes; alternatives: other attentions there; tokens: time and memory against tokens; "
+                "roofline; models: images/s end to end; quality: the ablation (hours); all: all but quality."
+            ),
+        ] = Suite.stages,
+        output: Annotated[
+            Path, typer.Option(file_okay=False, help="Folder for the JSON, Markdown and SVG.")
+        ] = Path("flatten-bench"),
+        quick: Annotated[
+            bool, typer.Option("--quick", help="Small shapes and few rounds: a smoke test.")
+        ] = False,
+        compiled: Annotated[
+            bool, typer.Option("--compile/--no-compile", help="Time torch.compile too.")
+        ] = True,
+        seconds: Annotated[float, typer.Option(min=0.0, help="Seconds to spend on each timing.")] = 1.0,
+        threads: Annotated[
+            list[int] | None, typer.Option(min=1, help="Numbers of threads (default: one, and all).")
+        ] = None,
+        device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+        cpu_time: Annotated[
+            bool,
+            typer.Option(
+                "--cpu-time", help="One thread, by processor time: for a machine busy with other work."
+            ),
+        ] = False,
+        seeds: Annotated[int, typer.Option(min=1, help="quality: seeds of each variant.")] = 5,
+        jobs: Annotated[int, typer.Option(min=1, help="quality: trainings side by side.")] = 2,
+    ) -> None:
+        """Check, then time: focused linear attention beside its alternatives.
+
+        Nothing is timed that does not first agree with the float64 formula. Contenders take turns in one
+        process and are compared by medians.
+        """
+        require("matplotlib", "bench", "the charts")
+        from flatten_ext.tools.bench import session
+        from flatten_ext.tools.bench.check import CheckFailed
+
+        options = session.Options(
+            output, quick, compiled and not quick, seconds, threads, device, seeds, jobs
+        )
+        try:
+            session.run(suite.value, options, Console())
+        except CheckFailed as error:
+            raise SystemExit(f"flatten-ext bench: {error}") from error
