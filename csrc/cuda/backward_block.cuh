@@ -10,9 +10,9 @@
 
 namespace flatten::cuda::tensorcore {
 
-/// The tiles of kSlices slices as fragments of A, [slice][r][w]: of token g + 8r either the words of the
-/// lane's vector, the channels 8t + 2w and 8t + 2w + 1 (tile order), or the channels 8w + 2t and 8w + 2t + 1
-/// (their own order). As a function (s, r, words), what `times` takes.
+/// The tiles of kSlices slices as fragments of A, [slice][r][w]. Word w of token g + 8r holds either the
+/// channels 8t + 2w and 8t + 2w + 1 (tile order: the lane's own vector) or the channels 8w + 2t and 8w + 2t +
+/// 1 (their own order). Called as a function (s, r, words), which is what `times` takes.
 template <int kSlices>
 struct TileWords {
   uint32_t words[kSlices][4][4];
@@ -24,8 +24,8 @@ struct TileWords {
   }
 };
 
-/// The tiles that load(s, r, words) brings: now, or of a head of 128 whenever they are used, since registers
-/// do not hold them.
+/// The tiles that load(s, r, words) brings. They are loaded at once, but for a head of 128, whose tiles do
+/// not fit in registers, each time they are used.
 template <int kSlices, typename Load>
 __device__ __forceinline__ auto hold(Load load) {
   if constexpr (kSlices <= 2) {
@@ -37,8 +37,8 @@ __device__ __forceinline__ auto hold(Load load) {
   }
 }
 
-/// d = tiles times n-block: d[i][0..1] of token g + 16i, d[i][2..3] of token g + 16i + 8; plus `start`.
-/// block(s, f): its B fragments, of the channels of slice s.
+/// Computes d = start + tiles times an n-block: d[i][0..1] belong to token g + 16i, d[i][2..3] to token
+/// g + 16i + 8. block(s, f) gives the B fragments of the n-block for the channels of slice s.
 template <typename T, int kSlices, typename Tiles, typename Block>
 __device__ __forceinline__ void times(float (&d)[2][4], const Tiles& tiles, Block block,
                                       const float (&start)[2][4] = {}) {
@@ -60,7 +60,7 @@ __device__ __forceinline__ void store_tile(uint32_t address, const uint32_t (&wo
   unrolled<4>([&](auto r) { store_shared<r * 512>(address, words[r]); });
 }
 
-/// Sizes, for the host too. kStages: tiles of an input that a warp has room for.
+/// Sizes, which the host needs too. kStages: how many tiles of an input a warp has room for.
 template <int kHeadDim, int kStages>
 struct BackwardLayout {
   static_assert(kHeadDim == 16 || kHeadDim % kSliceChannels == 0, "a slice lies in one head, or holds two");
@@ -86,7 +86,7 @@ struct BackwardLayout {
   }
 };
 
-/// A warp's view of its block. kShort: of registers, so that addresses are computed where they are used.
+/// A warp's view of its block. kShort: registers are short, so addresses are computed where they are used.
 template <int kHeadDim, int kStages, bool kShort = false>
 struct BackwardBlock {
   using Layout = BackwardLayout<kHeadDim, kStages>;
@@ -95,10 +95,10 @@ struct BackwardBlock {
 
   Lane lane;
   int channels, slices, groups, group, slice;
-  // In shared memory one after the other: what slices have, first, where addresses take the least registers;
-  // what warps exchange, tiles, and the rest.
+  // Shared memory holds, in this order: the slices' data (first, because low addresses take the fewest
+  // registers), what warps exchange, the tiles, and the rest.
   unsigned char *states, *exchange, *tiles, *rest;
-  uint32_t tile;  // the lane's vector of the warp's first tile
+  uint32_t tile;  // address of the lane's vector in the warp's first tile
   uint32_t rows;  // of S, see `row_block`
 
   __device__ __forceinline__ BackwardBlock(unsigned char* shared, int channels, int groups)
@@ -118,8 +118,8 @@ struct BackwardBlock {
     keep(tile), keep(rows);
   }
 
-  /// Of the lane's vector in a tile or fragment, so that an 8x8 block's rows lie in other banks: t ^ g / 2 of
-  /// its row.
+  /// The byte offset of the lane's vector in a tile or fragment. It is vector t ^ g / 2 of its row, so that
+  /// the rows of an 8x8 block lie in different banks.
   __device__ __forceinline__ int position() const { return position(lane.index); }
   static __device__ __forceinline__ int position(int index) { return index ^ index / 8; }
   __device__ __forceinline__ int partner() const {  // of the head's slices
@@ -132,14 +132,14 @@ struct BackwardBlock {
   __device__ __forceinline__ uint32_t slice_state(int slice) const {
     return shared_address(states) + slice * Layout::kSliceBytes;
   }
-  /// Numbers of a slice's channels: 1 / scale, m or its gradient, sums for scale.
+  /// Arrays with one number for each channel of a slice: 1 / scale, m or its gradient, sums for scale.
   __device__ __forceinline__ float* inverse_scale(int slice) const { return numbers(slice); }
   __device__ __forceinline__ float* mean(int slice) const { return numbers(slice) + kSliceChannels; }
   __device__ __forceinline__ float* scale_sums(int slice) const {
     return numbers(slice) + 2 * kSliceChannels;
   }
-  /// Channel `channel` of the slice in token 0 of an image; made where it is used, to take no registers
-  /// between.
+  /// The address of channel `channel` of the slice in token 0 of an image. It is computed where it is used,
+  /// so that it takes no registers in between.
   __device__ __forceinline__ const char* base(const TokenArray& x, int image, int channel) const {
     int slice = this->slice;
     keep(image), keep_if<kShort>(slice);
@@ -147,7 +147,8 @@ struct BackwardBlock {
   }
   /// The warp's first tile.
   __device__ __forceinline__ uint32_t warp_tile() const { return tile - position() * 16; }
-  /// The lane's word of row g of a tile, channels 8 b + 2t; that of row g + 8 is 512 bytes on.
+  /// The lane's word of row g of a tile, channels 8 b + 2t and 8 b + 2t + 1. That of row g + 8 is 512 bytes
+  /// on.
   __device__ __forceinline__ uint32_t word(uint32_t tile, int b) const {
     return tile + lane.g * 64 + (lane.g / 2 ^ b) * 16 + 4 * lane.t;
   }
@@ -156,14 +157,15 @@ struct BackwardBlock {
   // places by R / 8 ^ R / 2 % 4: neither the rows that one ldmatrix takes, two of each eight, nor those that
   // StateGradient::pack writes, eight in a row, meet a bank twice.
 
-  /// For S: its rows in tile order by the slice's own columns 8 b and on, of the head's slice s.
+  /// B fragments of S: the rows of the head's slice s in tile order, by the columns 8 b and on of the warp's
+  /// slice.
   __device__ __forceinline__ auto row_block(int b) const {
     return [from = flip(rows, b * 16)](auto s, uint32_t (&f)[4]) {
       load_matrix_x4_transposed<s * Layout::kSliceBytes>(f, from);
     };
   }
-  /// For the transpose of S: its columns of slice s by the slice's own rows, numbers 8 b and on in tile
-  /// order.
+  /// B fragments of the transpose of S: the columns of slice s, by the rows of the warp's slice, numbers 8 b
+  /// and on in tile order.
   __device__ __forceinline__ auto column_block(int b) const {
     int index = lane.index;
     keep_if<kShort>(index);
@@ -172,7 +174,7 @@ struct BackwardBlock {
       load_matrix_x4<s * Layout::kMatrix>(f, from);
     };
   }
-  /// For m, its rows in tile order, as pack_mean has laid it out.
+  /// B fragments of m: its rows in tile order, as pack_mean laid them out.
   __device__ __forceinline__ auto mean_block() const {
     int index = lane.index, slice = this->slice;
     keep_if<kShort>(index), keep_if<kShort>(slice);
@@ -187,17 +189,17 @@ struct BackwardBlock {
     return warp_tile() + r * 512 + row * 64 + (c ^ row / 2) * 16;
   }
 
-  /// What partner p has where this warp has `address`.
+  /// The address at which partner p has what this warp has at `address`.
   __device__ __forceinline__ uint32_t of_partner(uint32_t address, int p) const {
     return address + (p - partner()) * Layout::kTileBytes;
   }
-  /// The tiles of all partners at `address`, a lane's vector: in tile order.
+  /// The tiles of all partners, in tile order. `address` is that of the lane's vector in this warp's tile.
   __device__ __forceinline__ auto tiles_at(uint32_t address) const {
     return hold<kPartners>([from = of_partner(address, 0)](auto s, auto r, uint32_t (&x)[4]) {
       load_shared<s * Layout::kTileBytes + r * 512>(x, from);
     });
   }
-  /// The tiles of w of the head: the warp's own, or what all partners have stored behind their inputs.
+  /// The tiles of the head's w: the warp's own, or those that all partners have stored behind their inputs.
   __device__ __forceinline__ auto tiles_of_head(const TileWords<1>& own) const {
     if constexpr (kPartners > 1) {
       return tiles_at(tile + Layout::kShared);
@@ -205,7 +207,7 @@ struct BackwardBlock {
       return own;
     }
   }
-  /// Those where this warp's block_row(lane.index / 8, 0) is `row`, channels in their own order.
+  /// The same with channels in their own order. `row` is this warp's block_row(lane.index / 8, 0).
   __device__ __forceinline__ auto tiles_in_order(uint32_t row) const {
     int matrix = lane.index / 8;
     keep_if<kShort>(matrix);
@@ -215,13 +217,13 @@ struct BackwardBlock {
     });
   }
 
-  /// fp16: what S and m, or their gradients, are multiplied by. All threads agree on it here, by the largest
-  /// magnitude that any of them knows of; synchronises.
+  /// fp16 only: the factor of S and m, or of their gradients. All threads agree on it here, from the largest
+  /// magnitude that each of them brings; synchronises.
   template <typename T>
   __device__ __forceinline__ float agree_on_scale(float largest) const {
     if constexpr (!kNarrow<T>) return 1.0f;
     auto* most = reinterpret_cast<unsigned*>(states - Layout::kFront);
-    __syncthreads();  // nobody needs the one before
+    __syncthreads();  // the number of the call before is no longer needed
     if (threadIdx.x == 0) *most = 0;
     __syncthreads();
     largest = warp_max(largest);
@@ -237,8 +239,8 @@ struct BackwardBlock {
     return fit(largest[0]);
   }
 
-  /// B fragments of `mean`: kSplit: of this head, each column twice (rounded, and what that cuts off) and the
-  /// lane's own head in its columns; else of the slice, once.
+  /// Lays out `mean` as B fragments. kSplit: that of this head, each column twice (the rounded number, and
+  /// what rounding left), in the columns of the lane's own head. Otherwise that of the slice, once.
   template <typename T, bool kSplit>
   __device__ __forceinline__ void pack_mean() const {
     uint4* to = reinterpret_cast<uint4*>(states + slice * Layout::kSliceBytes + Layout::kMean) + position();

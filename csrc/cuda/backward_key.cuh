@@ -14,11 +14,13 @@ namespace flatten::cuda::tensorcore {
 
 template <int kHeadDim, int kTaps>
 struct KeyGradientTraits {
-  static constexpr int kStages = kHeadDim >= 64 || kTaps == 7 ? 1 : 2;  // one for room, or for registers
+  // One where memory or registers are short.
+  static constexpr int kStages = kHeadDim >= 64 || kTaps == 7 ? 1 : 2;
   using Layout = BackwardLayout<kHeadDim, kStages>;
-  static constexpr int kSlices = 1;  // RowLoader: of a warp
-  // Gradients of the taps: as the keys are passed over, or behind them, where the 26 sums of 5 x 5 would not
-  // fit in a lane's registers beside a head of 64.
+  static constexpr int kSlices = 1;  // slices of a warp, for RowLoader
+  // Whether the taps' gradients are summed in the pass over the keys. With heads of 64 the 26 sums of 5 x 5
+  // taps and bias would not fit in a lane's registers beside it, so they are summed in a pass of their own
+  // afterwards.
   static constexpr bool kSumsTaps = sums_taps(kTaps);
   static constexpr bool kTapsAlong = kTaps == 3 || (kTaps == 5 && kHeadDim <= 32);
   static constexpr int kHalo = kTaps / 2;
@@ -47,9 +49,9 @@ struct KeyGradientTraits {
   }
 };
 
-/// Rows y0 to y_end of the patch of columns x0 and on. grads.begin_step(y) is called by all warps before a
-/// step and waits for what it needs, grads.point(y, pixels) says where its grad_out is. The block holds dS
-/// and dm. kSumTaps: adds to `taps`, too.
+/// Computes the gradients of rows y0 to y_end of the patch that begins at column x0. All warps call
+/// grads.begin_step(y) before a step, which waits for the grad_out of that step; grads.point(y, pixels) tells
+/// where it lies. The block holds dS and dm. kSumTaps: also adds the gradients of the taps to `taps`.
 template <typename T, int kHeadDim, int kTaps, bool kSumTaps, int kStages, bool kShort, typename Grads,
           int kTapsToSum, typename Sums>
 __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages, kShort>& block,
@@ -70,7 +72,7 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages, 
   int width = grid.window_w;
   keep(width);
   const int x = x0 + lane.g, token_x = window.column(grid, min(x, width - 1));
-  int y_stop = x < width ? y_end : y0;  // the lane's rows
+  int y_stop = x < width ? y_end : y0;  // the lane's rows end here
   if (grid.raster) y_stop = min(y_stop, (params.tokens - x + grid.map_w - 1) / grid.map_w);
   const auto base = [&](const TokenArray& x, int channel) { return block.base(x, window.image, channel); };
   const auto find = [&](int (&token)[4], int y) {
@@ -99,7 +101,7 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages, 
     if (!patch_inside) continue;
 
     const uint32_t key_tile = block.tile + stage;
-    const auto bias = [&] {  // made where it is used: it takes no registers between
+    const auto bias = [&] {  // computed where it is used, so that it takes no registers in between
       int row = y;
       keep_if<kShort>(row);
       return LaneBias{params.focus.key_bias,  params.channels,
@@ -114,18 +116,19 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages, 
     });
     const auto w = block.tiles_of_head(own);
     const bool own_inside = y + lane.t < y_stop;
-    // In fp16 w is times own_room, and r, as dS and dm, over own_unscale.
+    // In fp16 w carries the factor own_room, and r, dS and dm carry 1 / own_unscale.
     const float own_unroom = kNarrow<T> ? __fdividef(1.0f, own_room) : 1.0f;
     const float own_unscale = kNarrow<T> ? __fdividef(1.0f, block.template state_scale<T>()) : 1.0f;
     const float own_factor = own_inside ? phi_factor(norms) * own_unscale : 0.0f;
-    constexpr bool kGatherAnew = kShort || kHeadDim > 32;  // where the taps need the registers between
+    constexpr bool kGatherAnew = kShort || kHeadDim > 32;  // the taps need the registers in between
     float factor[4];
     int out[4];  // tokens
 #pragma unroll
     for (int r = 0; r < 4; ++r) out[r] = token[r];
     if (kStages > 1 && y + kStepRows < y_end) load(stage ^ Layout::kTile, y + kStepRows);
 
-    // dv and the taps, two n-blocks at a time. dot: of T, over the lane's channels of tokens g + 8r.
+    // dv and the taps, two n-blocks at a time. dot[r] is the part of T that the lane's channels of token g +
+    // 8r give.
     float dot[4];
     {
       float d[2][4];
@@ -150,7 +153,7 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages, 
       if (kGatherAnew) quad_gather(factor, own_factor * own_unroom);
       uint32_t word[2][4];
       unrolled<2>([&](auto half) {
-        if constexpr (kPartners > 2) __syncwarp();  // halves one after the other take fewer registers
+        if constexpr (kPartners > 2) __syncwarp();  // one half after the other takes fewer registers
         const int b = 2 * pair + half;
         float o[2][4];
         times<T, kPartners>(o, w, block.row_block(b));
@@ -171,7 +174,7 @@ __device__ __forceinline__ void key_pass(const BackwardBlock<kHeadDim, kStages, 
           word[half][r] = Pair<T>::pack(o[r / 2][r % 2 * 2], o[r / 2][r % 2 * 2 + 1]);
       });
       if (kShort) find(out, y);
-      const bool odd = lane.t % 2;  // neighbours swap a word, for whole sectors
+      const bool odd = lane.t % 2;  // neighbouring lanes swap a word, so that they write whole sectors
       char* to_value =
           const_cast<char*>(base(params.grad_value, pair * 16 + lane.t % 2 * 8 + lane.t / 2 * 4));
 #pragma unroll
@@ -258,7 +261,8 @@ struct RingGrads {
   RowLoader<Traits> loader;
   uint32_t pixel;
   int pixel_bytes, row_bytes, y_end, matrix;
-  int block = Traits::kRingBlocks - 1;  // of the ring, where the step's first row is; begin_step moves on
+  // The block of the ring that holds the step's first row; begin_step moves it on.
+  int block = Traits::kRingBlocks - 1;
 
   template <typename Block>
   __device__ __forceinline__ RingGrads(const KeyGradientParams& params, const Window& window, int x0, int y0,
@@ -277,7 +281,7 @@ struct RingGrads {
   }
 
   __device__ __forceinline__ void begin_step(int y) {
-    __syncthreads();  // grad_out of this step is visible, and nobody reads the rows of the step before
+    __syncthreads();  // now grad_out of this step is visible, and no warp reads the step before any more
     const int free = block;
     block = block + 1 < Traits::kRingBlocks ? block + 1 : 0;
     if (Traits::kHalo > 0 && y + kStepRows < y_end) {
@@ -326,7 +330,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
                                            y_end, grads, lane_taps, along, scale_sums);
   const int64_t row = (static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
   if (params.scale_partials) {
-    const Lane anew;  // and the rest too, rather than registers held all along
+    const Lane anew;  // recomputed too, rather than held in registers all along
     const int thread = threadIdx.x, group = thread / channels,
               slice = (thread - group * channels) / kSliceChannels;
     store_scale(params.scale_partials + row * channels, block, scale_sums, slice, group, params.patches,

@@ -11,8 +11,8 @@
 
 namespace flatten::cuda::tensorcore {
 
-/// Tokens begin + 32 (group + n groups) and on of a window, up to `end`: adds their part of dS and dm to
-/// `sum` and of scale's gradient to scale_sums. The block holds S and m.
+/// Takes the tokens begin + 32 (group + n groups) and on of a window, up to `end`: computes their dq, and
+/// adds their parts of dS and dm to `sum` and of scale's gradient to scale_sums. The block holds S and m.
 template <typename T, int kHeadDim, int kStages, bool kShort, typename Sums>
 __device__ __forceinline__ void query_pass(const BackwardBlock<kHeadDim, kStages, kShort>& block,
                                            SliceGroup& group, const QueryGradientParams& params,
@@ -55,7 +55,7 @@ __device__ __forceinline__ void query_pass(const BackwardBlock<kHeadDim, kStages
     const int out[4] = {token[0], token[1], token[2], token[3]};
     if (kStages > 1 && first + stride < end) load(stage ^ Layout::kTile, first + stride);
 
-    // share, and g / den in the place of g. A token past the end has neither.
+    // Computes share, and g / den in the place of g. Both are zero for tokens past the end.
     const float own_eps = __fdividef(params.eps, phi_factor(norms));
     const float state_scale = block.template state_scale<T>();
     float share[4], own_share;
@@ -95,7 +95,7 @@ __device__ __forceinline__ void query_pass(const BackwardBlock<kHeadDim, kStages
         times<T, kPartners>(d, all, block.row_block(b));
         uint32_t g[4];  // channels 8 b + 2t of token g + 8r
         load_matrix_x4<0>(g, grad_row ^ b * 16);
-        __syncwarp();  // before words take the place of others' rows
+        __syncwarp();  // other lanes have read the rows whose place the words take
         const int head = Layout::kHeads == 1 ? 0 : b * Layout::kHeads / 4;
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
@@ -109,7 +109,7 @@ __device__ __forceinline__ void query_pass(const BackwardBlock<kHeadDim, kStages
       };
       if constexpr (kPartners <= 2) {
         unrolled<4>(quotients);
-      } else {  // in registers that are few
+      } else {  // with fewer registers
 #pragma unroll 1
         for (int b = 0; b < 4; ++b) quotients(b);
       }
@@ -135,7 +135,8 @@ __device__ __forceinline__ void query_pass(const BackwardBlock<kHeadDim, kStages
       }
     }
     const auto plus = [](float2 a, float2 b) { return float2{a.x + b.x, 0.0f}; };
-    // In fp16 share and u = g / den are times u_scale / (own_room state_scale), r times u_scale / own_room.
+    // In fp16 share and u = g / den carry the factor u_scale / (own_room state_scale), and r carries
+    // u_scale / own_room.
     const float own_gain = kNarrow<T> ? __fdividef(own_room, sum.u_scale.value) : 1.0f;
     const float shares = group.exchange({own_share * own_gain * state_scale, own_share}, lane.index, plus).x;
     const float dot = shares * own_eps * (kNarrow<T> ? __fdividef(1.0f, own_gain) : 1.0f);
@@ -192,12 +193,12 @@ __device__ __forceinline__ void query_pass(const BackwardBlock<kHeadDim, kStages
       load(stage, first + stride);
     }
   }
-  copy_async_wait<0>();  // of a group without a step
+  copy_async_wait<0>();  // for groups that had no step
 }
 
 template <int kHeadDim>
 struct QueryGradientTraits {
-  // A head of 128 leaves room for one tile of an input, and registers for its 128 sums of S alone.
+  // With a head of 128 there is memory for one tile of an input, and registers for the 128 sums of S alone.
   static constexpr int kStages = kHeadDim <= 64 ? 2 : 1;
   using Layout = BackwardLayout<kHeadDim, kStages>;
   static constexpr bool kShort = kHeadDim > 64;
@@ -240,8 +241,8 @@ __global__ void __launch_bounds__(kBackwardThreads)
     SliceGroup group(block.exchange, block.group, block.slice, block.slices);
     query_pass<T>(block, group, params, Window(params.grid, blockIdx.y), begin, end, sum, scale_sums);
   }
-  // Partial sums: over the groups in order, then to memory. The block is made anew each time: what one part
-  // knows of it takes no registers in another.
+  // The partial sums are added over the groups in order, then stored. Each part makes its own view of the
+  // block, so that one part's addresses take no registers in another.
   const Block block(shared, params.channels, params.groups);
   const int64_t index = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
   if (params.scale_partials) {

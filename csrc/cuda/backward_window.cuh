@@ -9,15 +9,17 @@
 
 namespace flatten::cuda::tensorcore {
 
-/// kWide: a block of so many channels that one group of warps has all its threads, and few registers each.
+/// kWide: the block has so many channels that one group of warps takes all its threads, with few registers
+/// each.
 template <int kHeadDim, int kTaps, bool kWide>
 struct WindowGradientTraits {
-  static constexpr int kStages = 1;  // several blocks, or at least many warps, hide what one waits for
+  // While one block waits, the other blocks and warps of the multiprocessor work.
+  static constexpr int kStages = 1;
   using Layout = BackwardLayout<kHeadDim, kStages>;
   using Rows = KeyGradientTraits<kHeadDim, kTaps>;
   using Sums = std::conditional_t<kWide, SharedSums, RegisterSums>;
 
-  /// Behind the block: grad_out, the table of taps, and the sums for scale.
+  /// Shared memory behind the block's own holds grad_out, the table of taps, and the sums for scale.
   static constexpr __host__ __device__ int grad_bytes(int channels, int keys) {
     return kTaps ? (keys + 1) * Rows::pixel_bytes(channels) : 0;
   }
@@ -31,14 +33,14 @@ struct WindowGradientTraits {
   }
 };
 
-/// grad_out of the window, whole, and a pixel of zeros behind it.
+/// The whole window's grad_out, with a pixel of zeros behind it.
 template <typename Layout, bool kShort>
 struct ResidentGrads {
   const KeyGradientParams& params;
   const Lane& lane;
   uint32_t shared;
   int slice, groups;
-  int left = 0;  // of the patch's input
+  int left = 0;  // leftmost column of the patch's input
 
   /// Eight pixels of a row at once; the groups of warps share them.
   __device__ __forceinline__ void load(const Window& window, int group) {
@@ -71,8 +73,8 @@ struct ResidentGrads {
   }
 
  private:
-  // Computed where they are used: registers hold none of this between.
-  __device__ __forceinline__ uint32_t pixels() const {  // at the slice's first channel
+  // These are computed where they are used, so that registers hold none of them in between.
+  __device__ __forceinline__ uint32_t pixels() const {  // address of the slice's first channel
     int slice = this->slice, channels = params.channels;
     keep_if<kShort>(slice), keep_if<kShort>(channels);
     return shared + Layout::fixed_bytes(channels, groups) + Layout::tile_bytes(channels, groups) +
@@ -88,8 +90,8 @@ struct ResidentGrads {
   }
 };
 
-/// The parts of the kernel, one after the other. Each makes a block and a window of its own: what it knows of
-/// them takes no registers in another.
+/// The parts of the kernel, one after the other. Each makes its own view of the block and the window, so that
+/// one part's addresses take no registers in another.
 template <typename T, int kHeadDim, int kTaps, bool kWide>
 class WindowGradient {
   using Traits = WindowGradientTraits<kHeadDim, kTaps, kWide>;
@@ -102,7 +104,8 @@ class WindowGradient {
   __device__ __forceinline__ WindowGradient(const WindowGradientParams& params, unsigned char* shared)
       : params_(params), keys_(params.key), shared_(shared) {}
 
-  /// Brings what all parts need to shared memory. grad_out may still be on its way.
+  /// Brings the data that all parts need to shared memory. Copies of grad_out may still be under way
+  /// afterwards.
   __device__ __forceinline__ void load() const {
     const Block block = this->block();
     if constexpr (kTaps > 0) {
@@ -115,12 +118,12 @@ class WindowGradient {
     load_state<T, true>(block, params_.query.state + blockIdx.x * state_size);
   }
 
-  /// Of scale, from zero.
+  /// Clears the sums for scale.
   __device__ __forceinline__ Sums sums() const {
     return Sums(tap_table(block()) + Traits::Rows::taps_bytes(channels(), keys_.per_channel));
   }
 
-  /// dq. Leaves dS and dm where S and m were.
+  /// Computes dq. Leaves dS and dm where S and m were.
   __device__ __forceinline__ void queries(Sums& scale_sums) const {
     StateGradient<T, kHeadDim> sum;
     {
@@ -144,7 +147,7 @@ class WindowGradient {
     __syncthreads();
   }
 
-  /// dk, dv, and the partial gradient of scale.
+  /// Computes dk, dv, and the partial gradient of scale.
   __device__ __forceinline__ void keys(Sums& scale_sums) const {
     {
       const Block block = this->block();
@@ -165,7 +168,7 @@ class WindowGradient {
     }
   }
 
-  /// The partial gradients of the taps.
+  /// Computes the partial gradients of the taps.
   __device__ __forceinline__ void taps() const {
     if (!keys_.tap_partials) return;
     const Block block = this->block();
@@ -180,7 +183,7 @@ class WindowGradient {
 
  private:
   __device__ __forceinline__ int channels() const { return keys_.channels; }
-  __device__ __forceinline__ int groups() const { return kWide ? 1 : keys_.patches; }  // of warps
+  __device__ __forceinline__ int groups() const { return kWide ? 1 : keys_.patches; }  // groups of warps
 
   __device__ __forceinline__ int tap_rows() const {
     return Traits::Rows::tap_rows(channels(), keys_.per_channel);
@@ -203,7 +206,7 @@ class WindowGradient {
     return {keys_, block.lane, shared_address(shared_), block.slice, groups()};
   }
 
-  /// pass(window, x0, grads) for the patches that the warp's group has.
+  /// Calls pass(window, x0, grads) for each patch that the warp's group has.
   template <typename Pass>
   __device__ __forceinline__ void for_each_patch(const Block& block, Pass pass) const {
     Grads grads = this->grads(block);
@@ -218,7 +221,7 @@ class WindowGradient {
   unsigned char* shared_;
 };
 
-/// kThreads: of a block, at most.
+/// kThreads: the most threads a block has.
 template <typename T, int kHeadDim, int kTaps, int kThreads>
 __global__ void __launch_bounds__(kThreads)
     backward_window(const __grid_constant__ WindowGradientParams params) {

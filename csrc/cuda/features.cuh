@@ -18,9 +18,9 @@ namespace flatten::cuda::tensorcore {
 template <int kSlices>
 using Words = uint32_t[kSlices][4][4];
 
-/// What phi needs of `scale`, in shared memory: a = 1 / scale, b = eps / scale, and of a the diagonals. Lane
-/// (g, t) with g / 2 == t has numbers of these: of channel 8t + 2w + g % 2, in half g % 2 of word w, the
-/// upper part of a in its first vector and what that leaves in its second. Other lanes read zeros.
+/// `scale` as phi uses it, in shared memory: a = 1 / scale, b = eps / scale, and the diagonals that hold a. A
+/// lane (g, t) with g / 2 == t has numbers on them: half g % 2 of its word w belongs to channel 8t + 2w + g %
+/// 2; its first vector holds a rounded to bf16, its second what rounding left. All other lanes read zeros.
 struct ScaleTable {
   static constexpr int kZeros = 128;
   static constexpr __host__ __device__ int bytes(int channels) { return channels * 16 + kZeros; }
@@ -50,15 +50,16 @@ struct ScaleTable {
   /// slice.
   __device__ __forceinline__ uint32_t lane_diagonal(int channel, const Lane& lane, int* step) const {
     const bool own = lane.g / 2 == lane.t;
-    // Zeros in banks that the two lanes of a quarter warp with numbers leave free.
+    // Lanes without numbers read zeros from banks that the two lanes with numbers, in each quarter warp,
+    // leave free.
     const int zeros = channels * 8 + (lane.g / 2 % 2 ? 0 : 64);
     *step = own ? kSliceChannels * 8 : 0;
     return shared_address(diagonal()) + (own ? channel * 8 + lane.t * 64 + lane.g % 2 * 32 : zeros);
   }
 };
 
-/// phi of a warp's tiles (warp_tile.cuh), one after the other. kMode as Focus's. kPartners warps whose slices
-/// follow one another multiply each other's words: fp16 rounds these at one scale.
+/// phi of a warp's tiles (warp_tile.cuh), one after the other. kMode is that of Focus. kPartners warps with
+/// consecutive slices multiply each other's words, so in fp16 they all round at one scale.
 template <typename T, int kSlices, int kMode, int kPartners = 1>
 class FeatureMap {
  public:
@@ -79,8 +80,8 @@ class FeatureMap {
     }
   }
 
-  /// Q without its factor: words = y^p, in fp16 times what makes room for it. denominator: eps in these
-  /// units, of all four rows. tile: shared address of the lane's first vector.
+  /// Makes Q without its norm factor: words = y^p, in fp16 times a factor that makes room for it. Writes eps
+  /// in the same units to `denominator`, for all four rows. tile: shared address of the lane's first vector.
   __device__ __forceinline__ void queries(Words<kSlices>& words, float (&denominator)[4], float eps,
                                           uint32_t tile) const {
     float own_room = 1.0f;
@@ -96,8 +97,8 @@ class FeatureMap {
     quad_gather(denominator, __fdividef(eps, phi_factor(norms)) * own_room);
   }
 
-  /// K: words = phi, 0 for tokens that are not `present` (the lane's own, g + 8t); in fp16 times the running
-  /// scale. Returns what earlier sums are to be multiplied by.
+  /// Makes K: words = phi, in fp16 times the running scale, and 0 for tokens that are not there (`present` is
+  /// for the lane's own token, g + 8t). Returns the factor by which earlier sums are to be multiplied.
   __device__ __forceinline__ float keys(Words<1>& words, const LaneBias& bias, bool present,
                                         RunningScale& scale, uint32_t tile) const {
     static_assert(kSlices == 1);
@@ -148,8 +149,8 @@ class FeatureMap {
   /// over the warp's channels.
   template <typename Take>
   __device__ __forceinline__ float2 cube(uint32_t tile, Take take) const {
-    // Columns 4i .. 4i + 3 are of the tokens g + 16i and g + 16i + 8: |y|^2 in the even ones, |y^3|^2 in the
-    // odd ones.
+    // Columns 4i .. 4i + 3 belong to the tokens g + 16i and g + 16i + 8: the even ones hold |y|^2, the odd
+    // ones |y^3|^2.
     float sums[4] = {};
     unrolled<kSlices>([&](auto s) {
       uint32_t x[4][4], upper[4], lower[4];

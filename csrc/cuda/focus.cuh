@@ -23,7 +23,7 @@ struct Lane {
   __device__ Lane() { keep(index), keep(g), keep(t); }
 };
 
-/// Element i of a parameter.
+/// Element i of a parameter, as fp32.
 template <typename T>
 __device__ __forceinline__ float element(const Floats& floats, int64_t i) {
   return floats.half ? static_cast<float>(static_cast<const T*>(floats.data)[i])
@@ -51,8 +51,8 @@ __device__ __forceinline__ void unpack8(float (&y)[8], const uint4& raw) {
 /// The positional encoding of a tile's tokens, seen by one lane.
 struct LaneBias {
   Floats bias;            // rows aligned to 16 bytes, or null
-  int channels, channel;  // of a row; the lane's first
-  int token, last;        // the lane's first token of the window, and the last there is
+  int channels, channel;  // channels of a row; the lane's first channel
+  int token, last;        // the lane's first token of the window; the window's last token
   int step = 8;           // from one of the lane's tokens to the next
   template <typename T>
   __device__ __forceinline__ void add(float (&x)[8], int slice, int r) const {
@@ -84,7 +84,7 @@ __device__ __forceinline__ float2 add_bias(float2 x, const NoBias&, int, int, in
   return x;
 }
 
-/// What a lane needs of `scale` for its eight channels: y = (relu(x) + eps) / scale = a relu(x) + b.
+/// `scale` of a lane's eight channels, as a and b in y = (relu(x) + eps) / scale = a relu(x) + b.
 struct LaneScale {
   float a[8], b[8];
   __device__ __forceinline__ LaneScale(const float* inverse, float eps) {
@@ -94,7 +94,7 @@ struct LaneScale {
   }
 };
 
-/// Of one token: |y|^2 and |y^p|^2, of a y that was multiplied by `prescale` before it was raised.
+/// |y|^2 and |y^p|^2 of one token, whose y was multiplied by `prescale` before it was raised.
 struct Norms {
   float linear, power, prescale = 1.0f;
 };
@@ -105,7 +105,7 @@ __device__ __forceinline__ float square_root(float x) {
   return y;
 }
 
-/// What makes y^p phi(y): |y| / |y^p|.
+/// The factor that makes y^p phi(y): |y| / |y^p|.
 __device__ __forceinline__ float phi_factor(const Norms& n) {
   const float ratio = n.power > 0.0f ? square_root(__fdividef(n.linear, n.power)) : 0.0f;
   return n.prescale == 1.0f ? ratio : __fdividef(ratio, n.prescale);
@@ -122,7 +122,7 @@ __device__ __forceinline__ float exp_2(float x) {
   return y;
 }
 
-/// For `raise`: 1 to 4, as p says, by selections.
+/// For `raise`: y to the power 1, 2, 3 or 4, chosen by selections instead of branches.
 constexpr int kWholePower = -3;
 
 template <int kPower>
@@ -167,7 +167,8 @@ __device__ __forceinline__ float largest_of_row(const float (&y)[kSlices][4][8],
   return quad_max(largest, lane.t);
 }
 
-/// What the lanes of a quad hold for tokens g + 8t, for all of them: of token g + 8r in value r.
+/// Each lane t of a quad holds one number, that of token g + 8t. Gives all four to every lane: value r is
+/// that of token g + 8r.
 __device__ __forceinline__ void quad_gather(float (&v)[4], float own) {
   v[0] = quad_broadcast<0>(own);
   v[1] = quad_broadcast<1>(own);
@@ -190,20 +191,20 @@ class SliceGroup {
         slice_(slice),
         slices_(slices) {}
 
-  /// Every lane brings its token's partial values and returns with the totals, the same on all warps: added
-  /// in the order of the slices. Everything the group wrote to shared memory before is visible after.
-  /// kAtOnce: totals of so many slices are on their way at once, each in registers.
+  /// Adds the partial values that every lane brings for its token over the slices, in their order; all warps
+  /// of the group get the same totals. What the group wrote to shared memory before is visible afterwards.
+  /// kAtOnce: how many slices' values are loaded before the first is added; each takes registers.
   template <int kAtOnce = 4, typename Add>
   __device__ __forceinline__ float2 exchange(float2 partial, int lane, Add add) {
     return exchange<kAtOnce>(partial, lane, add, 0, slices_);
   }
-  /// The same among `count` slices from `first` on, though all have to come.
+  /// The same over the `count` slices from `first` on. All warps of the group have to call it.
   template <int kAtOnce, typename Add>
   __device__ __forceinline__ float2 exchange(float2 partial, int lane, Add add, int first, int count) {
     store_shared_pair<0>(slot(slice_, lane), partial);
     barrier();
     uint32_t from = slot(first, lane);
-    buffer_ ^= kSlotBytes;       // next time the other half: the readers of this one may still be at it then
+    buffer_ ^= kSlotBytes;  // the next exchange uses the other half, since this one may still be read then
     keep(buffer_), keep(count);  // or what is made of them takes registers all the time
     float2 total = load<0>(from);
     const uint32_t last = from + (count - 1) * kPairBytes;
@@ -218,7 +219,7 @@ class SliceGroup {
     return total;
   }
 
-  /// The largest of what the lanes of the same index bring in the kPartners slices of a head.
+  /// The largest of the numbers that lanes of the same index bring in the kPartners slices of a head.
   template <int kPartners>
   __device__ __forceinline__ float largest_of_partners(float x, int lane) {
     if constexpr (kPartners == 1) return x;
@@ -228,13 +229,13 @@ class SliceGroup {
 
   __device__ void barrier() { named_barrier(group_ + 1, slices_ * 32); }
 
-  /// What the warp of `slice` brought to the last exchange, until the next one.
+  /// The values that the warp of `slice` brought to the last exchange; valid until the next one.
   __device__ __forceinline__ float2 brought(int slice, int lane) const {
     return load<0>(slot(slice, lane) ^ kSlotBytes);
   }
 
  private:
-  // What a warp brings; of every warp the memory for an exchange and that for the next, in turns.
+  // The bytes that a warp brings to one exchange. Each warp has two such places, used in turns.
   static constexpr uint32_t kSlotBytes = 32 * sizeof(float2), kPairBytes = 2 * kSlotBytes;
 
   __device__ __forceinline__ uint32_t slot(int slice, int lane) const {
@@ -259,9 +260,9 @@ class Focus {
  public:
   using Powers = float[kSlices][4][8];  // [s][r]: the channels of slice s, token g + 8r
 
-  /// Bytes of shared memory that a warp's tile of inputs takes. Every lane brings its own 16-byte vectors
-  /// there ahead of time and takes them from there, by copy_async and load_shared with offset(s, r), so
-  /// nobody else's are waited for.
+  /// Bytes of shared memory that a warp's tile of inputs takes. Every lane copies its own 16-byte vectors
+  /// there ahead of time (copy_async) and reads the same ones (load_shared), both at offset(s, r): no lane
+  /// waits for another's copies.
   static constexpr int kTileBytes = kSlices * 4 * 512;
   static constexpr __host__ __device__ int offset(int s, int r) { return (s * 4 + r) * 512; }
 
@@ -270,8 +271,8 @@ class Focus {
       : params_(params), inverse_scale_(inverse_scale), group_(group), lane_(lane) {}
 
   /// Hands the powers to `pack` and returns the norms. Where fp32 does not hold the tile's sums of squares,
-  /// all of that again with its rows divided by their largest y. tile: shared address of the lane's first
-  /// vector.
+  /// it does all of that again with each row divided by its largest y. tile: shared address of the lane's
+  /// first vector.
   template <typename Bias, typename Pack>
   __device__ __forceinline__ Norms pack(uint32_t tile, const Bias& bias, Pack pack) const {
     const bool mapped = kMode != kRuntimeMode || params_.mode != kNoMapping;
@@ -298,7 +299,7 @@ class Focus {
     }
   }
 
-  /// The warps' sums of squares of the lane's own token, added.
+  /// The sums of squares of the lane's own token, over all warps of the group.
   __device__ __forceinline__ Norms exchange(float2 partial) const {
     const auto plus = [](float2 a, float2 b) { return float2{a.x + b.x, a.y + b.y}; };
     const float2 sum = group_.exchange(partial, lane_.index, plus);
@@ -314,7 +315,7 @@ class Focus {
   __device__ __forceinline__ float2 raise_by_mode(Powers& y) const {
     if constexpr (kMode != kRuntimeMode) {
       return raise_all<kMode>(y);
-    } else {  // a copy of the code for each is what takes the compiler's time
+    } else {  // a run-time power: one copy of the code per power would cost compile time
       if (params_.mode == kAnyPower) return raise_all<kAnyPower>(y);
       if (kSlices <= 2 && params_.mode == 3) return raise_all<3>(y);
       return raise_all<kWholePower>(y);
@@ -338,7 +339,7 @@ class Focus {
     for_each_vector(
         y, tile, [](float (&row)[8], const uint32_t (&x)[4]) { unpack8<T>(row, {x[0], x[1], x[2], x[3]}); });
   }
-  /// y = relu(input + its positional encoding).
+  /// y = relu(input + positional encoding), for the whole tile.
   static __device__ __forceinline__ void load(Powers& y, uint32_t tile, const LaneBias& bias) {
     if (!bias.bias.data) return load(y, tile, NoBias{});
     load(y, tile);
@@ -358,7 +359,7 @@ class Focus {
     });
   }
 
-  /// relu(x) to y = (relu(x) + eps) / scale.
+  /// Turns relu(x) into y = (relu(x) + eps) / scale.
   __device__ __forceinline__ void map(Powers& y) const {
 #pragma unroll
     for (int s = 0; s < kSlices; ++s) {
@@ -371,8 +372,8 @@ class Focus {
     }
   }
 
-  /// y to y^p; returns the sums of its square, before and after, for the lane's own token over the warp's
-  /// channels.
+  /// Turns y into y^p. Returns the sums of squares of the lane's own token over the warp's channels: those of
+  /// y and those of y^p.
   template <int kPower>
   __device__ __forceinline__ float2 raise_all(Powers& y) const {
     float linear[4] = {}, power[4] = {};
@@ -392,8 +393,8 @@ class Focus {
     return {quad_sum(linear, lane_.t), quad_sum(power, lane_.t)};
   }
 
-  /// Divides the rows by their largest y, over all channels. Returns by how much that of the own token was
-  /// multiplied.
+  /// Divides each row by its largest y over all channels. Returns the factor by which the lane's own token
+  /// was multiplied.
   __device__ __forceinline__ float divide_by_largest(Powers& y) const {
     const auto larger = [](float2 a, float2 b) { return float2{fmaxf(a.x, b.x), 0.0f}; };
     const float largest = group_.exchange<1>({largest_of_row(y, lane_), 0.0f}, lane_.index, larger).x;

@@ -62,8 +62,8 @@ struct OutputTraits {
   }
 };
 
-/// fp16: a power of two that brings the largest number of a warp's S and m near the top of the range, so that
-/// none overflows and the least vanish. bf16 has fp32's range.
+/// fp16 only: the power of two that brings the largest number of a warp's S and m near the top of the range,
+/// so that none overflows and as few as possible vanish. bf16 has the range of fp32.
 template <typename T, int kChannels, int kHeadDim>
 __device__ __forceinline__ float scale_of_state(const float* s, const float* m, int lane) {
   if constexpr (!std::is_same_v<T, __half>) return 1.0f;
@@ -74,8 +74,8 @@ __device__ __forceinline__ float scale_of_state(const float* s, const float* m, 
   return __uint_as_float(min(127 + 12 + 127 - exponent, 254u) << 23);  // 2^(12 - exponent)
 }
 
-/// Packs a warp's S and m, times `scale`, to B fragments (the lane's own, 32 vectors apart): word w of lane
-/// (g, t) pairs rows 8t + 2w and 8t + 2w + 1, column g.
+/// Packs a warp's S and m, times `scale`, into B fragments; a lane's own vectors lie 32 vectors apart. Word w
+/// of lane (g, t) holds rows 8t + 2w and 8t + 2w + 1 of column g.
 template <typename T, int kHeadDim, int kTaps>
 __device__ __forceinline__ void pack_state(uint4* fragments, const float* s, const float* m, float scale,
                                            const Lane& lane) {
@@ -112,10 +112,11 @@ __device__ __forceinline__ void pack_state(uint4* fragments, const float* s, con
   }
 }
 
-/// Turns 16 channels of out from fragments to vectors, through a warp's own shared memory: 32 tokens of 32
-/// bytes, whose two vectors change places every four tokens, so that nobody meets a bank twice.
+/// Turns 16 channels of out from fragments into vectors, through a warp's own shared memory: 32 tokens of 32
+/// bytes, whose two vectors change places every four tokens, so that no access meets a bank twice.
 struct Staging {
-  uint32_t write[2], read;  // where the lane's word of either n-block goes; its vector of token lane / 2
+  uint32_t write[2],
+      read;  // addresses of the lane's word in each n-block, and of its vector of token lane / 2
 
   __device__ __forceinline__ Staging(uint32_t shared, const Lane& lane) {
     write[0] = shared + lane.g * 32 + lane.g / 4 * 16 + lane.t * 4;
@@ -124,12 +125,12 @@ struct Staging {
     read = shared + token * 32 + (lane.index % 2 ^ token % 8 / 4) * 16;
     keep(write[0]), keep(write[1]), keep(read);
   }
-  /// word: of token g + 8 kRow, n-block kHalf.
+  /// Puts the lane's word of token g + 8 kRow and n-block kHalf.
   template <int kHalf, int kRow>
   __device__ __forceinline__ void put(uint32_t word) const {
     store_shared<kRow * 256>(write[kHalf], word);
   }
-  /// Vectors lane % 2 of tokens lane / 2 and lane / 2 + 16.
+  /// Takes vector lane % 2 of the tokens lane / 2 and lane / 2 + 16.
   __device__ __forceinline__ void take(uint32_t (&x)[2][4]) const {
     __syncwarp();
     load_shared<0>(x[0], read);
@@ -138,13 +139,15 @@ struct Staging {
   }
 };
 
-/// normalizer, the other part of the denominator in row 0, to 1 / (Q . m + eps) of each head.
-/// times_state(d, Constant<b>): d = Q times n-block b of the fragments, those of m from kFirst on.
+/// Turns `normalizer` into 1 / (Q . m + eps) of each head. Before the call its row 0 holds eps in the units
+/// of Q. times_state(d, Constant<b>) computes d = Q times n-block b of the fragments; those of m start at
+/// kFirst.
 template <int kFirst, int kHeads, typename TimesState>
 __device__ __forceinline__ void invert_denominators(float (&normalizer)[kHeads][4],
                                                     const TimesState& times_state) {
   unrolled<kHeads>([&](auto h) {
-    constexpr int head = kHeads - 1 - h;  // the first one last: its `normalizer` is what all start from
+    constexpr int head =
+        kHeads - 1 - h;  // head 0 comes last, because all heads start from the eps in its `normalizer`
     float d[2][4];
     times_state(d, Constant<kFirst + head>{});
 #pragma unroll
@@ -282,10 +285,10 @@ __global__ void __launch_bounds__(max_threads(kHeadDim, kTaps), 1)
   RingRows<kTaps, Traits::kRingBlocks> ring_rows(
       ring + patch * kPatchColumns * Traits::pixel_bytes(channels) + warp_channel * 2,
       Traits::pixel_bytes(channels), Traits::pitch(params.patches) * Traits::pixel_bytes(channels), lane);
-  int block = 0;  // of the ring, where the step's first row is
+  int block = 0;  // the block of the ring that holds the step's first row
   for (int y = y0; y < y_end; y += kStepRows) {
     copy_async_wait<0>();
-    __syncthreads();  // Q and V of this step are visible, and nobody reads the rows of the step before
+    __syncthreads();  // now Q and V of this step are visible, and no warp reads the step before any more
     const bool more = y + kStepRows < y_end;
     if (kTaps > 0 && more) {
       values.load_block(y - Traits::kHalo + Traits::kReadBlocks * kStepRows,
@@ -293,7 +296,7 @@ __global__ void __launch_bounds__(max_threads(kHeadDim, kTaps), 1)
     }
     if (patch_inside) {
       Words<kSlices> q;
-      float normalizer[Traits::kHeads][4];  // the denominator's other part; then 1 / (Q . m + eps)
+      float normalizer[Traits::kHeads][4];  // first eps in the units of Q, then 1 / (Q . m + eps)
       features.queries(q, normalizer[0], eps, tile);
       char* to[2];
 #pragma unroll

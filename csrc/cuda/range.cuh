@@ -1,6 +1,6 @@
-// fp16's narrow range. Numbers that are rounded to fp16 for a product are first multiplied by what brings the
-// largest of them near 2^13; whoever uses the product divides again. bf16 has fp32's range: its factors are
-// 1, and the compiler drops them.
+// fp16's narrow range. Before numbers are rounded to fp16 for a product, they are multiplied by the power of
+// two that brings the largest of them near 2^13; the user of the product divides by it again. bf16 has the
+// range of fp32: its factors are 1, and the compiler drops them.
 #pragma once
 
 #include "focus.cuh"
@@ -12,18 +12,18 @@ constexpr bool kNarrow = std::is_same_v<T, __half>;
 
 constexpr int kRoom = 13;
 
-/// The power of two that brings a largest magnitude to 2^kRoom .. 2^(kRoom + 1), 2^100 at most.
+/// The power of two, at most 2^100, that brings the largest magnitude into 2^kRoom .. 2^(kRoom + 1).
 __device__ __forceinline__ float fit(float largest) {
   const unsigned exponent = max(__float_as_uint(largest) >> 23, 127u + kRoom - 100u);
   return __uint_as_float((127 + kRoom + 127 - exponent) << 23);
 }
 
-/// What numbers that are summed over tiles are multiplied by: it follows the largest seen.
+/// The factor of numbers that are summed over tiles. It falls as larger numbers come.
 struct RunningScale {
   float value = 0x1p100f;
 
-  /// Makes room for a largest magnitude, the warp's; what was summed so far is to be multiplied by what this
-  /// returns.
+  /// Lowers the factor where `largest`, the warp's largest magnitude, asks for it. Returns the number by
+  /// which the sums so far are to be multiplied.
   __device__ __forceinline__ float make_room(float largest) {
     if (largest * value <= exp2f(kRoom + 1)) return 1.0f;
     const float next = fit(largest), change = next / value;
@@ -32,8 +32,8 @@ struct RunningScale {
   }
 };
 
-/// A warp's tiles of powers as words, in fp16 times what makes room for their rows, the same in all slices of
-/// a head. Returns that of the lane's own token.
+/// Rounds a warp's tiles of powers to words. In fp16 each row is first multiplied by a factor that makes room
+/// for it, the same in all slices of a head. Returns the factor of the lane's own token.
 template <typename T, int kPartners, int kSlices>
 __device__ __forceinline__ float pack_powers(uint32_t (&words)[kSlices][4][4],
                                              const float (&y)[kSlices][4][8], SliceGroup& group,

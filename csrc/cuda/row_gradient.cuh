@@ -16,7 +16,7 @@
 
 namespace flatten::cuda::tensorcore {
 
-/// y^(p - 1) of a pair.
+/// y^(p - 1) of a pair of channels.
 __device__ __forceinline__ float2 raise_less_one(float2 y, const FocusParams& params) {
   const float p = params.power - 1.0f;
   if (params.mode == kAnyPower) return {raise<kAnyPower>(y.x, p), raise<kAnyPower>(y.y, p)};
@@ -24,12 +24,12 @@ __device__ __forceinline__ float2 raise_less_one(float2 y, const FocusParams& pa
   return {raise<kWholePower>(y.x, p), raise<kWholePower>(y.y, p)};
 }
 
-/// What dy needs of a lane's four tokens.
+/// The numbers that dy takes for each of a lane's four tokens.
 struct RowTerms {
   float linear[4], power[4], gain[4], prescale[4];  // T / |y|^2, T / |w|^2 / gain, gain, Norms::prescale
   bool prescaled;                                   // any token of the warp
-  /// r is still to be multiplied by the tokens' `gain`. Of the lane's own token: its gain, and T without it.
-  /// A gain of 0 makes all of dy 0.
+  /// Takes the gain of the lane's own token, by which r is still to be multiplied, and T without that gain. A
+  /// gain of 0 makes all of dy 0.
   __device__ __forceinline__ RowTerms(const float (&gains)[4], float own_gain, float dot,
                                       const Norms& norms) {
     const float by_linear = norms.linear > 0.0f ? __fdividef(dot, norms.linear) : 0.0f;
@@ -46,7 +46,8 @@ struct RowTerms {
   float own_prescale_;
 };
 
-/// What a lane's tokens add to the gradient of scale, a pair of channels 8t + 2w and 8t + 2w + 1 at a time.
+/// The part of a lane's tokens in the gradient of scale, for a pair of channels 8t + 2w and 8t + 2w + 1 at a
+/// time.
 struct RegisterSums {
   __device__ __forceinline__ explicit RegisterSums(const void*) {}
   template <int w>
@@ -62,7 +63,7 @@ struct RegisterSums {
   float2 pairs_[4] = {};
 };
 
-/// The same in shared memory, where a kernel has no registers for them.
+/// The same sums in shared memory, for kernels that have no registers for them.
 struct SharedSums {
   static constexpr __host__ __device__ int bytes(int channels) { return channels * 32; }
 
@@ -86,7 +87,8 @@ struct SharedSums {
   uint32_t address_;
 };
 
-/// All bits of the 16-bit halves that are above zero, none of those that are zero; below zero there are none.
+/// A mask with all bits set in each 16-bit half that is above zero and none in each half that is zero. No
+/// half is below zero.
 __device__ __forceinline__ uint32_t above_zero(uint32_t x) {
   uint32_t mask;
   asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(mask) : "r"(x + 0x7fff7fffu));  // the upper bytes' signs
@@ -157,9 +159,9 @@ __device__ __forceinline__ void gradient_of_powers(uint32_t (&x)[4][4], const La
   });
 }
 
-/// dx of the inputs x, in their place. Adds to scale_sums what the lane's channels contribute to the gradient
-/// of 1 / scale, times 1 / scale. r(b, d): d = block b of r over the gain, in the layout of `times`. kCubes:
-/// with code of its own for p = 3, where registers suffice for both.
+/// Replaces the inputs x by their gradients dx. Adds to scale_sums what the lane's channels contribute to the
+/// gradient of 1 / scale, times 1 / scale. r(b, d) sets d to block b of r over the gain, in the layout of
+/// `times`. kCubes: p = 3 has code of its own, where there are registers for both.
 template <typename T, bool kCubes, typename Sums, typename Product>
 __device__ __forceinline__ void gradient_rows(uint32_t (&x)[4][4], const LaneBias& bias,
                                               const float* inverse_scale, const FocusParams& params,
@@ -198,7 +200,7 @@ __device__ __forceinline__ void store_scale(float* row, const Block& block, cons
   }
   float* sums = block.scale_sums(slice) + 8 * lane.t;
   const float* inverse_scale = block.inverse_scale(slice) + 8 * lane.t;
-  for (int turn = 0; turn < groups; ++turn) {  // in order
+  for (int turn = 0; turn < groups; ++turn) {  // one group after the other, in order
     __syncthreads();
     if (turn == group && lane.g == 0) {
 #pragma unroll

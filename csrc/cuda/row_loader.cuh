@@ -6,7 +6,7 @@
 
 namespace flatten::cuda::tensorcore {
 
-/// Brings a warp's channels of the rows that lie under a strip and its halo. Eight lanes bring adjacent
+/// Copies a warp's channels of the rows that lie under a strip and its halo. Eight lanes copy adjacent
 /// pixels, and write to different banks.
 template <typename Traits>
 class RowLoader {
@@ -36,7 +36,8 @@ class RowLoader {
     keep(to_), keep(row_bytes_), keep(pixel_bytes_), keep(token_bytes_), keep(rows_);
   }
 
-  /// Four rows, y of the window and on, to a block of the ring; the warps of a strip's patches share them.
+  /// Copies four rows, from row y of the window on, to a block of the ring. The warps of a strip's patches
+  /// share the work.
   __device__ __forceinline__ void load_block(int y, int block) const {
     uint32_t to = to_ + (block * kStepRows + patch_) * row_bytes_;
     for (int j = patch_; j < kStepRows; j += patches_, to += patches_ * row_bytes_) {
@@ -51,13 +52,13 @@ class RowLoader {
   }
 
  private:
-  /// from(i): where the lane reads column 8i + lane % 8; mask: of bytes_.
+  /// from(i) is where the lane reads column 8i + lane % 8; `mask` is applied to bytes_ (to copy zeros).
   template <typename From>
   __device__ __forceinline__ void copy_row(uint32_t to, From from, int mask) const {
     unrolled<kColumns>([&](auto i) {
       const char* row = from(i);
       unrolled<Traits::kSlices>([&](auto s) {
-        if constexpr (i == 0) {  // in every strip
+        if constexpr (i == 0) {  // every strip has these columns
           copy_async_or_zeros<s * 64>(to, row, bytes_[i] & mask);
         } else {
           copy_async<s * 64>(to, row, bytes_[i] & mask);
@@ -73,7 +74,7 @@ class RowLoader {
   int token_bytes_, patches_, patch_, rows_, pixel_bytes_, row_bytes_;
   uint32_t to_;
   const char* from_[kColumns];
-  int bytes_[kColumns];  // to read: 16, or 0 outside of the window; -1 beyond the strip
+  int bytes_[kColumns];  // bytes to read: 16, or 0 outside of the window; -1 beyond the strip
 };
 
 }  // namespace flatten::cuda::tensorcore

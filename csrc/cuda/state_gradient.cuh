@@ -14,27 +14,28 @@ struct StateGradient {
   // Accumulators of mma: row 16i + 8h + g of the slice in s[b][i][2h ..], columns 8b + 2t and 8b + 2t + 1 of
   // the head (head dimension 16: of the warp's two). m of that row in m[2i + h].
   float s[kBlocks][2][4] = {}, m[4] = {};
-  // fp16: s is times what u is, m times that and what share is. The first begins where its product with a
-  // large number over a denominator is still one.
+  // fp16 only: s holds the sum times the scale of u, m holds the sum times that scale and the scale of share.
+  // The scale of u starts at 2^60, so that its product with a large number over a denominator stays finite.
   RunningScale u_scale{0x1p60f}, share_scale;
 
-  /// fp16: u is to be multiplied by u_scale, whose largest magnitude of all partners was `largest` before.
+  /// fp16 only: chooses u_scale, by which u is to be multiplied. `largest` is the largest magnitude of u
+  /// among all partners, before that multiplication.
   __device__ __forceinline__ void make_room(float largest) {
     const float change = u_scale.make_room(largest);
     if (change == 1.0f) return;
     multiply(change, change);
   }
 
-  /// Adds w^T u of 32 tokens, and w^T share. w: address of block_row for this lane's matrix of A, see below;
-  /// u: of B, in the tile of partner 0. share: of tokens g + 8r.
+  /// Adds w^T u and w^T share of 32 tokens. w is the address of block_row for this lane's matrix of A (see
+  /// below), u the address for B in the tile of partner 0, share[r] the share of token g + 8r.
   template <int kStages, bool kShort>
   __device__ __forceinline__ void add(const BackwardBlock<kHeadDim, kStages, kShort>& block, int w_tile,
                                       int u_tile, const float (&share)[4]) {
     const Lane& lane = block.lane;
     int matrix = lane.index / 8;
     keep_if<kShort>(matrix);
-    // Blocks of A: tokens 0-7, channels 0-7 and 8-15, then tokens 8-15. Of B: channels 0-7, tokens 0-7 and
-    // 8-15, then channels 8-15.
+    // The 8x8 blocks of A are tokens 0-7 with channels 0-7 and 8-15, then tokens 8-15 with the same. Those of
+    // B are channels 0-7 with tokens 0-7 and 8-15, then channels 8-15 with the same.
     float share_factor = 1.0f;
     if constexpr (kNarrow<T>) {
       float largest = 0.0f;
@@ -46,7 +47,7 @@ struct StateGradient {
     }
     const uint32_t a_row = block.block_row(matrix / 2, matrix % 2) + w_tile;
     const uint32_t b_row = block.of_partner(block.block_row(matrix % 2, matrix / 2) + u_tile, 0);
-    float columns[2][4] = {};  // of m, as s; the first two of the head are wanted
+    float columns[2][4] = {};  // sums for m, laid out as s; only the head's first two columns are used
     unrolled<2>([&](auto step) {
       uint32_t a[2][4];
       load_matrix_x4_transposed<step * 1024>(a[0], a_row);
@@ -55,7 +56,7 @@ struct StateGradient {
 #pragma unroll
         for (int i = 0; i < 2; ++i) mma<T>(c[i], a[i][0], a[i][1], a[i][2], a[i][3], b0, b1, c[i]);
       };
-      uint32_t column[2];  // of share: its upper half, and what that leaves
+      uint32_t column[2];  // share as the sum of two numbers: rounded, and what rounding left
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float value = share[2 * step + half] * share_factor;
@@ -80,7 +81,7 @@ struct StateGradient {
     for (int r = 0; r < 4; ++r) m[r] += columns[r / 2][r % 2 * 2] + columns[r / 2][r % 2 * 2 + 1];
   }
 
-  /// After the last tile: everything times `factor`, and without the scales of fp16.
+  /// To be called after the last tile: multiplies everything by `factor` and takes the scales of fp16 out.
   __device__ __forceinline__ void finish(float factor) {
     if constexpr (kNarrow<T>) {
       factor /= u_scale.value;
@@ -98,7 +99,7 @@ struct StateGradient {
     }
   }
 
-  /// The largest magnitude that the lane has.
+  /// The largest magnitude among the lane's sums.
   __device__ __forceinline__ float largest() const {
     float most = 0.0f;
 #pragma unroll
@@ -110,8 +111,9 @@ struct StateGradient {
     return most;
   }
 
-  /// Adds what the warps of all groups hold, in the order of the groups, for the first: through the tiles,
-  /// which nobody may need any more. All threads call it; it synchronises first.
+  /// Adds the sums of all groups of warps, in the order of the groups, in the first group. They travel
+  /// through the memory of the tiles, which must no longer be in use. All threads call it; it synchronises
+  /// first.
   template <int kStages, bool kShort>
   __device__ __forceinline__ void add_groups(const BackwardBlock<kHeadDim, kStages, kShort>& block) {
     float4* shared = reinterpret_cast<float4*>(block.tiles + block.slice * kBytes);
@@ -123,7 +125,7 @@ struct StateGradient {
     }
   }
 
-  /// Adds what the warp of another group holds, through `shared` (kBytes).
+  /// Adds the sums of the same warp of another group, read from `shared` (kBytes).
   __device__ void send(float4* shared, int lane) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -147,7 +149,8 @@ struct StateGradient {
     plus(m, 2 * kBlocks);
   }
 
-  /// The matrix in a state in memory (launch.h): use(b, i, h, pointer to the lane's two columns).
+  /// Visits the warp's matrix in a state in memory (launch.h): calls use(b, i, h, pointer to the lane's two
+  /// columns).
   template <typename Float, typename Use>
   static __device__ __forceinline__ void for_each_pair(Float* state, int slice, const Lane& lane, Use use) {
     Float* row = state + static_cast<int64_t>(slice * kSliceChannels + lane.g) * kHeadDim + 2 * lane.t;
@@ -174,7 +177,7 @@ struct StateGradient {
       *reinterpret_cast<float2*>(to) = make_float2(s[b][i][2 * h], s[b][i][2 * h + 1]);
     });
   }
-  /// m to an array of the slice's channels.
+  /// Stores m to an array of the slice's channels.
   __device__ __forceinline__ void store_mean(float* mean, const Lane& lane, float factor = 1.0f) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -186,7 +189,8 @@ struct StateGradient {
     }
   }
 
-  /// The slice's rows of the matrix times `factor`, rounded, where the products of BackwardBlock read them.
+  /// Stores the slice's rows of the matrix, times `factor` and rounded, where the products of BackwardBlock
+  /// read them.
   template <int kStages, bool kShort>
   __device__ __forceinline__ void pack(const BackwardBlock<kHeadDim, kStages, kShort>& block,
                                        float factor) const {
@@ -203,8 +207,8 @@ struct StateGradient {
   }
 };
 
-/// S and m, or their gradients, of one window from memory to where the block's products read them. All
-/// threads call it; it synchronises before and after. kSplit: as pack_mean.
+/// Brings S and m of one window, or their gradients, from memory to where the block's products read them. All
+/// threads call it; it synchronises before and after. kSplit is that of pack_mean.
 template <typename T, bool kSplit, int kHeadDim, int kStages, bool kShort>
 __device__ __forceinline__ void load_state(const BackwardBlock<kHeadDim, kStages, kShort>& block,
                                            const float* state) {

@@ -13,11 +13,12 @@ namespace flatten::cuda::tensorcore {
 
 template <typename T, int kTaps>
 struct TapGradient {
-  static constexpr int kSums = kTaps * kTaps + 1;  // by shift of grad_out against v, then that of the bias
+  static constexpr int kSums =
+      kTaps * kTaps + 1;  // one for each shift of grad_out against v, then that of the bias
   float sum[kSums] = {};
 
-  // The taps two by two, in an order that takes the rows of grad_out as they come: two rows of taps at a
-  // time, each by twos, then the last of either. The last tap of all is alone.
+  // The order of the taps, two by two, in which the rows of grad_out are used as they come: two rows of taps
+  // at a time, first each row's taps by twos, then the last tap of both rows. The very last tap is alone.
   static constexpr int kRows = kTaps + 3, kPairs = (kTaps * kTaps + 1) / 2;
   static_assert(kPairs % 4 == 1);
   struct Taps {
@@ -30,23 +31,23 @@ struct TapGradient {
                                        : dy * kTaps + kTaps - 1;
     return {first, at < kTaps - 1 ? first + 1 : first + kTaps};
   }
-  /// Rows of grad_out that pairs up to this one take.
+  /// How many rows of grad_out the pairs up to this one use.
   static constexpr __host__ __device__ int rows_of(int i) { return pair(i).second / kTaps + 4; }
 
-  /// The channel of the slice whose sums the lane has.
+  /// The channel of the slice whose sums the lane holds.
   static __device__ __forceinline__ int channel(const Lane& lane) {
     return (lane.g / 2 - lane.t & 3) * 8 + lane.g;
   }
 
-  /// Adds 8 x 4 pixels by the eight channels of n-block `block`. pixels: of grad_out, at these channels. v:
-  /// of row r the transposed 8x8 block.
+  /// Adds the products of 8 x 4 pixels for the eight channels of n-block `block`. pixels: address of grad_out
+  /// at these channels. v: the transposed 8x8 block of each row.
   __device__ __forceinline__ void add(const PixelRows<kTaps>& pixels, uint32_t (&v)[4], int block,
                                       const Lane& lane) {
 #pragma unroll
     for (int r = 0; r < 4; ++r) v[r] = __shfl_sync(kAllLanes, v[r], lane.index + 8 * block);
     const bool active = channel(lane) / 8 == block;
     const bool even = active && lane.g % 2 == 0, odd = active && lane.g % 2 != 0;
-    uint32_t x[kRows][(kTaps + 3) / 4 * 4];  // of every row and shift
+    uint32_t x[kRows][(kTaps + 3) / 4 * 4];  // fragments of grad_out, by row and shift
     const auto load_rows = [&](auto begin, auto end) {
       unrolled<end - begin>([&](auto i) {
         constexpr int j = begin + i;
@@ -64,7 +65,7 @@ struct TapGradient {
       });
     };
     const float zero[4] = {};
-    const auto product = [&](auto first, auto second, float (&d)[4]) {  // of two taps
+    const auto product = [&](auto first, auto second, float (&d)[4]) {  // the product of two taps
       constexpr int dy0 = first / kTaps, dx0 = first % kTaps, dy1 = second / kTaps, dx1 = second % kTaps;
       mma<T>(d, x[dy0][dx0], x[dy1][dx1], x[dy0 + 1][dx0], x[dy1 + 1][dx1], v[0], v[1], zero);
       mma<T>(d, x[dy0 + 2][dx0], x[dy1 + 2][dx1], x[dy0 + 3][dx0], x[dy1 + 3][dx1], v[2], v[3], d);
@@ -96,7 +97,7 @@ struct TapGradient {
     add_last(sum[kSums - 2], last[0], last[1], sum[kSums - 1], bias[0], even, odd);
   }
 
-  /// The same for the four n-blocks of a slice. value_row: BackwardBlock::block_row of v's row lane / 8,
+  /// The same for the four n-blocks of a slice. value_row: BackwardBlock::block_row of row lane / 8 of v,
   /// n-block 0. Leaves `pixels` 64 bytes further on.
   __device__ __forceinline__ void add_slice(PixelRows<kTaps>& pixels, uint32_t value_row, const Lane& lane) {
 #pragma unroll 1
@@ -108,12 +109,12 @@ struct TapGradient {
     }
   }
 
-  /// Floats of shared memory that `store` takes.
+  /// The floats of shared memory that `store` takes.
   static constexpr __host__ __device__ int floats(int warps) { return kTaps ? warps * kSums * 32 : 0; }
 
-  /// The block's row of partial gradients, (tap, kernel), the bias last: of every channel, or of the
-  /// `kernels` that repeat. Warps and channels are added in order. All threads call it; it synchronises
-  /// first.
+  /// Stores the block's row of partial gradients (tap, kernel), the bias last. A kernel is a channel, or one
+  /// of the `kernels` that repeat every head. Warps and channels are added in order. All threads call it; it
+  /// synchronises first.
   __device__ __forceinline__ void store(float* row, float* shared, int slices, int groups, int kernels,
                                         const Lane& lane) const {
     __syncthreads();
@@ -136,8 +137,8 @@ struct TapGradient {
   }
 
  private:
-  /// Adds d[i][0] and d[i][2] where `even`, d[i][1] and d[i][3] where `odd`, to two sums of each i. As
-  /// predicated additions, in one piece of assembly for one pair of predicates.
+  /// Adds d[i][0] and d[i][2] where `even`, d[i][1] and d[i][3] where `odd`, to two sums of each i. The
+  /// additions are predicated, in one piece of assembly that shares one pair of predicates.
   static __device__ __forceinline__ void add_diagonals(float& s0, float& s1, float& s2, float& s3, float& s4,
                                                        float& s5, float& s6, float& s7,
                                                        const float (&d)[4][4], bool even, bool odd) {

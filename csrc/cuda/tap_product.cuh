@@ -52,13 +52,14 @@ struct TapTable {
 template <int kTaps>
 struct LaneTaps {
   uint32_t address;
-  int step;  // from one n-block to the next
+  int step;  // bytes from one n-block to the next
 
   /// `rows` channels are in the table; the first n-block begins at `channel`.
   __device__ __forceinline__ LaneTaps(const unsigned char* table, int rows, int channel, const Lane& lane) {
     using Table = TapTable<kTaps>;
     const bool diagonal = lane.g / 2 == lane.t;
-    // The zeros of a quarter warp lie in a bank that its two diagonal lanes leave free.
+    // Lanes off the diagonal read zeros from a bank that the two diagonal lanes of their quarter warp leave
+    // free.
     const int zeros = rows * Table::kStride + Table::kVectors * (lane.g / 2 * 2 + 2) % 8 * 16;
     address = shared_address(table) + (diagonal ? (channel + lane.g) * Table::kStride : zeros);
     step = diagonal ? 8 * Table::kStride : 0;
@@ -66,7 +67,8 @@ struct LaneTaps {
   }
 };
 
-/// A whole window in shared memory, row by row. What a patch needs from outside of it is at `zeros`.
+/// A whole window in shared memory, row by row. `zeros` is the address of a pixel of zeros, which patches
+/// read for pixels outside of the window.
 struct Raster {
   uint32_t pixels, zeros;
   int pixel_bytes, row_bytes, width, height;
@@ -76,9 +78,9 @@ struct Raster {
 template <int kTaps>
 struct PixelRows {
   static constexpr int kRows = kTaps + 3;
-  uint32_t row[kRows];  // the lane's 16 bytes of the row, at shift dx = lane / 8
-  uint32_t fifth[2];    // kTaps 5: shift 4 of the input rows lane / 8 and lane / 8 + 4
-  int rest;             // kTaps 7: from shift lane / 8 to shift lane / 8 + 4, or to the last
+  uint32_t row[kRows];  // address of the lane's 16 bytes of each row, at shift dx = lane / 8
+  uint32_t fifth[2];    // kTaps 5 only: addresses at shift 4 of the input rows lane / 8 and lane / 8 + 4
+  int rest;             // kTaps 7 only: bytes from shift lane / 8 to shift lane / 8 + 4, or to the last shift
 
   /// pixel: address of the patch's pixel lane % 8, shift 0, in the ring's first row; block: of four rows in
   /// the ring of kRingBlocks, where the step's input begins.
@@ -97,18 +99,18 @@ struct PixelRows {
     rest = (min(matrix + 4, kTaps - 1) - matrix) * pixel_bytes;
   }
 
-  /// The same in a raster. left, top: of the patch's input, in the window. Not for kTaps 7.
+  /// The same in a raster, at the input pixel (top, left) of the window. Not for kTaps 7.
   __device__ __forceinline__ void point(const Raster& raster, int left, int top, const Lane& lane) {
     static_assert(kTaps <= 5);
     int index = lane.index;
-    keep(index);  // no part of this is known ahead of a loop over steps
+    keep(index);  // keeps the compiler from computing parts of this before a loop over steps
     const int matrix = index / 8;
     left += index % 8;
     const auto inside = [](int i, int size) {
       return static_cast<unsigned>(i) < static_cast<unsigned>(size);
     };
     uint32_t pixel;
-    int step;  // to the row below
+    int step;  // bytes to the row below
     const auto column = [&](int x) {
       const bool has = inside(x, raster.width);
       pixel = has ? raster.pixels + top * raster.row_bytes + x * raster.pixel_bytes : raster.zeros;
@@ -132,7 +134,7 @@ struct PixelRows {
   }
 };
 
-/// The same from step to step, over a ring of kRingBlocks blocks of four rows.
+/// The same addresses from step to step, over a ring of kRingBlocks blocks of four rows.
 template <int kTaps, int kRingBlocks>
 struct RingRows {
   using Rows = PixelRows<kTaps>;

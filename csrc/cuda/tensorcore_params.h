@@ -1,4 +1,5 @@
-// What the tensor-core kernels are told, and what their host code (forward.cpp) knows of them: plain structs.
+// The parameters of the tensor-core kernels, and the tables of functions that launch them: plain structs, for
+// the host code and for the kernels.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,19 +10,21 @@
 
 namespace flatten::cuda::tensorcore {
 
-constexpr int kTileTokens = 32;     // a warp's tokens of one step
-constexpr int kSliceChannels = 32;  // and channels
-constexpr int kStepRows = 4;        // the same as pixels: rows,
+constexpr int kTileTokens = 32;     // tokens that a warp takes in one step
+constexpr int kSliceChannels = 32;  // channels that it takes
+constexpr int kStepRows = 4;        // the same tokens as pixels of the map: rows,
 constexpr int kPatchColumns = 8;    // columns
 constexpr int kMaxPatches = 2;      // and patches side by side in a block
 
-/// Threads of a block that its registers allow for.
+/// The most threads a block may have before its registers run out.
 constexpr int max_threads(int head_dim, int taps = 0) { return head_dim <= 32 && taps <= 5 ? 384 : 256; }
 
 constexpr int kBackwardThreads = 256;
-/// Whether they sum the gradients of the taps too: the 50 sums of 7 x 7 would not fit in a lane's registers.
+/// Whether the backward kernels sum the gradients of the taps too: the 50 sums of 7 x 7 taps and bias would
+/// not fit in a lane's registers.
 constexpr bool sums_taps(int taps) { return taps == 3 || taps == 5; }
-/// Of the one launch with more channels than that, in heads of 32.
+/// The threads of the one-launch backward for calls with more channels than max_threads allows, in heads
+/// of 32.
 constexpr int kWideThreads = 384;
 
 /// Where the tokens of a window lie in memory (params.h, Geometry).
@@ -39,14 +42,14 @@ struct Floats {
   bool half;
 };
 
-/// A power of 1 .. 4 is raised by multiplication, kAnyPower as 2^(p log2 y); kNoMapping: features that are
-/// mapped already.
+/// How FocusParams::mode names the power p: 1 .. 4 are raised by multiplication, kAnyPower as 2^(p log2 y);
+/// kNoMapping stands for features that are mapped already.
 constexpr int kAnyPower = 0;
 constexpr int kNoMapping = -1;
-/// As a template argument: any of these, as FocusParams::mode says.
+/// As a template argument: the kernel reads the mode from FocusParams::mode at run time.
 constexpr int kRuntimeMode = -2;
-/// That of forward calls of the paper's p = 3: bf16, which has a way of its own there (features.cuh), has
-/// kernels of it.
+/// The template argument of forward calls with the paper's p = 3. bf16 computes it in a way of its own
+/// (features.cuh), so it has kernels for p = 3 alone; the other types use those with a run-time mode.
 template <Dtype kDtype>
 constexpr int kCubicMode = kDtype == Dtype::kBFloat16 ? 3 : kRuntimeMode;
 
@@ -57,7 +60,7 @@ struct FocusParams {
   float power;  // p, whatever the mode
 };
 
-/// (image, token, channel) with the strides in bytes.
+/// A tensor (image, token, channel) whose channels are adjacent; the strides are in bytes.
 struct TokenArray {
   const void* data;
   std::int64_t image;
@@ -71,7 +74,7 @@ struct StateParams {
   int channels;
   int keys;        // of one window
   int chunk;       // tokens of one block
-  int groups;      // of warps, each with tokens of its own
+  int groups;      // groups of warps in a block, each with tokens of its own
   float* partial;  // (windows, chunks, state of a window), as in launch.h
 };
 
@@ -84,9 +87,9 @@ struct OutputParams {
   bool per_channel;
   int channels;
   int tokens;   // queries of an image
-  float eps;    // of the denominator
-  int patches;  // side by side in a strip
-  int rows;     // of a block, a multiple of kStepRows
+  float eps;    // added to the denominator
+  int patches;  // patches side by side in a strip
+  int rows;     // pixel rows that a block takes, a multiple of kStepRows
 };
 
 struct QueryGradientParams {
@@ -110,14 +113,15 @@ struct KeyGradientParams {
   Floats weight;
   bool per_channel;
   int channels;
-  int tokens, window_keys;  // keys of an image, of a window
-  int patches;              // side by side in a strip
-  int rows;                 // of a block, a multiple of kStepRows
+  int tokens, window_keys;  // keys of an image; keys of a window
+  int patches;              // patches side by side in a strip
+  int rows;                 // pixel rows that a block takes, a multiple of kStepRows
   float* scale_partials;    // (windows, runs, strips, channels), or null
   float* tap_partials;      // (windows, runs, strips, taps and bias, channels or head_dim), or null
 };
 
-/// Both passes by one block. Of the query's, `chunk`, `groups`, `partial` and `scale_partials` are not read.
+/// One block makes both passes. It does not read the `chunk`, `groups`, `partial` and `scale_partials` of the
+/// query pass.
 struct WindowGradientParams {
   QueryGradientParams query;
   KeyGradientParams key;

@@ -1,4 +1,4 @@
-// What the one-launch window kernel is told, and what its host code (forward_window.cpp) knows of it.
+// The parameters of the one-launch window kernel, and the table of functions that launch it.
 #pragma once
 
 #include "tensorcore_params.h"
@@ -9,11 +9,11 @@ struct WindowParams {
   WindowGrid grid;
   FocusParams focus;
   TokenArray query, key, value, out;
-  float* state;  // where to leave S and m, as in launch.h, or null
+  float* state;  // where to store S and m, laid out as launch.h says, or null
   Floats weight, bias;
   bool per_channel;
   int channels;
-  float eps;  // of the denominator
+  float eps;  // added to the denominator
 };
 
 /// The kernels of one element type, head dimension and mode (3, the paper's, or kRuntimeMode), for no taps, 3

@@ -8,11 +8,11 @@ namespace flatten::cuda::tensorcore {
 
 /// One window of one image.
 struct Window {
-  int image, y, x;  // y, x: of its first pixel on the rolled map
+  int image, y, x;  // y and x of its first pixel on the rolled map
 
   __device__ Window(const WindowGrid& grid, int index) {
     int per_row = grid.windows_w;
-    keep(per_row);  // no more of this is known ahead of a loop over windows
+    keep(per_row);  // keeps the compiler from computing more of this before a loop over windows
     const int per_image = grid.windows_h * per_row;
     image = index / per_image;
     const int inside = index - image * per_image;
@@ -21,12 +21,12 @@ struct Window {
     x = (inside - row * per_row) * grid.window_w + grid.shift_w;
   }
 
-  /// First token of the window's pixel row, and what a column adds to it. Below zero, an unsigned number is
-  /// large: the least of the two is the one on the map.
+  /// The first token of a pixel row of the window, and the token of a column in it. A number below zero is
+  /// large when it is unsigned, so the lesser of the two candidates is the one on the map.
   __device__ __forceinline__ int row(const WindowGrid& grid, int i) const {
     return on_map(grid, y + i) * grid.map_w;
   }
-  /// Row of the map that row i of the rolled map is; i may be in a second round.
+  /// The row of the map that is row i of the rolled map; i may reach into a second round.
   __device__ __forceinline__ int on_map(const WindowGrid& grid, int i) const {
     return min(static_cast<unsigned>(i), static_cast<unsigned>(i - grid.map_h));
   }
@@ -34,7 +34,8 @@ struct Window {
     return min(static_cast<unsigned>(x + j), static_cast<unsigned>(x + j - grid.map_w));
   }
 
-  /// Tokens number n, n + kStep, n + 2 kStep .. of the window's raster order; `last` for those beyond it.
+  /// The tokens number n, n + kStep, n + 2 kStep .. in the window's raster order; `last` for numbers beyond
+  /// it.
   template <int kStep = 8, int kCount>
   __device__ __forceinline__ void tokens(int (&token)[kCount], const WindowGrid& grid, int n,
                                          int last) const {
