@@ -7,7 +7,12 @@ from typing import Any
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
-__all__ = ["attention_types", "default_cfg", "undecayed"]
+try:
+    from timm.models._input import update_model_input_size
+except ImportError:  # older releases keep no such record
+    update_model_input_size = None
+
+__all__ = ["attention_types", "default_cfg", "record_input_size", "undecayed"]
 
 
 def attention_types(attn_type: str, stages: int) -> str:
@@ -15,6 +20,12 @@ def attention_types(attn_type: str, stages: int) -> str:
     if len(attn_type) != stages or set(attn_type) - {"L", "S"}:
         raise ValueError(f"attn_type must be {stages} letters, each L or S, got {attn_type!r}")
     return attn_type
+
+
+def record_input_size(model: nn.Module, img_size: tuple[int, int], **arguments: Any) -> None:
+    """Notes the arguments by which timm builds `model` again at its new size."""
+    if update_model_input_size is not None:
+        update_model_input_size(model, img_size, **arguments)
 
 
 def undecayed(model: nn.Module) -> set[str]:

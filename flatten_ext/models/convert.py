@@ -114,8 +114,7 @@ def _convert_transformer(model: Any, stages: str | None, focus: dict[str, Any]) 
 
 def _convert_swin(model: Any, stages: str, window_size: Any, focus: dict[str, Any]) -> None:
     types = attention_types(stages, len(model.layers))
-    whole = (1 << 30, 1 << 30)  # clipped to each stage's map
-    target = whole if window_size is None else _pair(window_size)
+    target = None if window_size is None else _pair(window_size)
     windows = [
         target if kind == "L" else stage.blocks[0].window_size
         for kind, stage in zip(types, model.layers, strict=True)

@@ -7,18 +7,15 @@ from typing import Any
 
 import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.swin_transformer import (
-    SwinTransformer,
-    SwinTransformerBlock,
-    resolve_stage_window_sizes,
-)
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from timm.models.swin_transformer import checkpoint_filter_fn as _timm_filter
 from torch import Tensor, nn
 
 from ._attention import PackedAttention, Size
 from ._checkpoint import resample_encodings
 from ._mlp import tile_mlps
-from ._timm import attention_types, default_cfg, undecayed
+from ._timm import attention_types, default_cfg, record_input_size, undecayed
+from ._windows import StageWindow, default_windows, stage_maps, stage_windows, windows_at
 
 __all__ = ["FlattenSwinBlock", "FlattenSwinTransformer"]
 
@@ -30,34 +27,52 @@ class FlattenSwinBlock(nn.Module):
     size, on a map padded to a multiple, and odd blocks shift it; like the public code, tokens of a shifted
     window attend across the border. The operator reads the windows in place: no roll, no partition.
 
+    `input_resolution`, `window_size` and `shift_size` are what they are in timm's block: the map that the
+    block is built for, its windows and their shift on that map.
+
     Args:
         block: the block to replace.
-        window_size: target window, clipped to the map.
+        window_size: (height, width) of the windows, clipped to the map; None is the whole map.
         shifted: whether windows smaller than the map are shifted by half their size.
     """
 
-    def __init__(self, block: SwinTransformerBlock, window_size: Size, shifted: bool, **focus: Any):
+    attn_mask = None  # timm's blocks have one where windows are shifted
+
+    def __init__(self, block: SwinTransformerBlock, window_size: StageWindow, shifted: bool, **focus: Any):
         super().__init__()
         self.norm1, self.drop_path1 = block.norm1, block.drop_path1
         self.norm2, self.mlp, self.drop_path2 = block.norm2, block.mlp, block.drop_path2
         self.shifted = shifted
         self._set_window(block.input_resolution, window_size)
-        grid = self.window or block.input_resolution
-        self.attn = PackedAttention(block.attn, grid, **focus)
+        self.attn = PackedAttention(block.attn, self.window_size, **focus)
 
-    def _set_window(self, size: Size, window_size: Size) -> None:
-        height, width = (min(pair) for pair in zip(size, window_size, strict=True))
-        self.window = None if (height, width) == tuple(size) else (height, width)
+    def _set_window(self, size: Size, window_size: StageWindow) -> None:
+        height, width = size
+        self.input_resolution = (height, width)
+        if window_size is None:
+            window_size = self.input_resolution
+        self.window_size = (min(height, window_size[0]), min(width, window_size[1]))
+        self.window = None if self.window_size == self.input_resolution else self.window_size
         # An axis that the window covers has nothing to shift over.
-        shift = tuple(w // 2 if w < s else 0 for w, s in zip((height, width), size, strict=True))
-        self.shift = shift if self.shifted and self.window and any(shift) else None
+        shift = tuple(
+            window // 2 if self.shifted and window < side else 0
+            for window, side in zip(self.window_size, size, strict=True)
+        )
+        self.shift_size = shift
+        self.shift = shift if any(shift) else None
 
     def set_input_size(
-        self, feat_size: Size, window_size: Size, always_partition: bool | None = None
+        self, feat_size: Size, window_size: StageWindow, always_partition: bool | None = None
     ) -> None:
-        """Resamples the positional encoding for the windows of another map."""
+        """Resamples the positional encoding for the windows of another map.
+
+        Args:
+            feat_size: the map.
+            window_size: as of the class.
+            always_partition: of no meaning here: a window that covers the map is the map.
+        """
         self._set_window(feat_size, window_size)
-        self.attn.set_grid(self.window or feat_size)
+        self.attn.set_grid(self.window_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
@@ -75,19 +90,24 @@ class FlattenSwinTransformer(SwinTransformer):
     """Swin Transformer whose stages of type "L" attend by focused linear attention.
 
     Args:
-        window_size: windows of the stages, as timm's: the published models have the whole map in stages of
-            type "L" and 7 x 7 (12 x 12 at 384 px) in those of type "S".
+        window_size: windows of the stages, as timm's: an int or (height, width) for all, or one for each.
+            None in the place of a stage of type "L" is its whole map, whatever the size of the input. By
+            default, as published, stages of type "L" have their whole map, and those of type "S" 7 x 7
+            (12 x 12 in the model of 384 px).
         attn_type: "L" (focused linear) or "S" (softmax) for each stage.
         focusing_factor: p of phi_p.
         kernel_size: odd size of the depthwise kernel.
         dynamic_img_size: accept any input size, padded to whole patches; on by default.
         kwargs: timm's SwinTransformer arguments.
+
+    Raises:
+        ValueError: `attn_type` is not a letter L or S for each stage, or a stage of type "S" has no window.
     """
 
     def __init__(
         self,
         depths: Sequence[int] = (2, 2, 6, 2),
-        window_size: Any = (56, 56, 7, 7),
+        window_size: Any = None,
         attn_type: str = "LLSS",
         focusing_factor: float = 3.0,
         kernel_size: int = 5,
@@ -95,22 +115,28 @@ class FlattenSwinTransformer(SwinTransformer):
         **kwargs: Any,
     ):
         types = attention_types(attn_type, len(depths))
-        windows = resolve_stage_window_sizes(window_size, len(depths))
+        if window_size is None:
+            window_size = default_windows(types, softmax=7)
+        windows = stage_windows(window_size, len(depths))
+        _check_softmax_windows(types, windows)
         # Blocks that are replaced at once need no table of relative positions.
         placeholders = [
             (1, 1) if kind == "L" else window for kind, window in zip(types, windows, strict=True)
         ]
-        super().__init__(
-            depths=tuple(depths), window_size=placeholders, dynamic_img_size=dynamic_img_size, **kwargs
-        )
+        kwargs["strict_img_size"] = kwargs.get("strict_img_size", True) and not dynamic_img_size
+        super().__init__(depths=tuple(depths), window_size=placeholders, **kwargs)
         self.patch_embed.dynamic_img_pad = dynamic_img_size
         self.focus(types, windows, focusing_factor=focusing_factor, kernel_size=kernel_size)
 
-    def focus(self, types: str, windows: Sequence[Size], **focus: Any) -> None:
+    def focus(self, types: str, windows: Sequence[StageWindow], **focus: Any) -> None:
         """Replaces the blocks of the stages of type "L"; `windows` gives one target for each stage."""
         self._ref_window_sizes = tuple(windows)
-        for stage, kind, window in zip(self.layers, types, windows, strict=True):
+        self._ref_grid_size = tuple(self.patch_embed.grid_size)
+        maps = stage_maps(self._ref_grid_size, len(self.layers))
+        for stage, kind, window, size in zip(self.layers, types, windows, maps, strict=True):
             if kind == "L":
+                for block in stage.blocks:
+                    block.input_resolution = size
                 blocks = [
                     FlattenSwinBlock(block, window, shifted=i % 2 == 1, **focus)
                     for i, block in enumerate(stage.blocks)
@@ -118,8 +144,79 @@ class FlattenSwinTransformer(SwinTransformer):
                 stage.blocks = nn.Sequential(*blocks)
         tile_mlps(self)
 
+    def set_input_size(
+        self,
+        img_size: tuple[int, int] | None = None,
+        patch_size: tuple[int, int] | None = None,
+        window_size: Any = None,
+        window_ratio: int | Sequence[int] | None = None,
+        always_partition: bool | None = None,
+    ) -> None:
+        """Resamples the encodings and tables of positions for another input size, and resizes the windows.
+
+        Without `window_size` and `window_ratio` a stage that attends over its whole map goes on doing so, and
+        other windows keep their ratio to the patch grid.
+
+        Args:
+            img_size: (height, width) of the input; None is the present one.
+            patch_size: (height, width) of the patches; None is the present one.
+            window_size: windows from now on, as of the class.
+            window_ratio: or: the patch grid divided by this number, or by one for each stage.
+            always_partition: of stages of type "S": shift windows that cover the map too.
+        """
+        stages = len(self.layers)
+        references = [
+            None if _covers_map(stage) else window
+            for stage, window in zip(self.layers, self._ref_window_sizes[:stages], strict=True)
+        ]
+        # Windows are checked before any part of the model changes.
+        explicit = window_size is not None or window_ratio is not None
+        _check_softmax_windows(
+            ["L" if _is_linear(stage) else "S" for stage in self.layers],
+            windows_at((1, 1), references, (1, 1), window_size, window_ratio),
+        )
+        if img_size is not None or patch_size is not None:
+            self.patch_embed.set_input_size(img_size=img_size, patch_size=patch_size)
+        if patch_size is not None:
+            for index, info in enumerate(self.feature_info):
+                info["reduction"] = max(self.patch_embed.patch_size) << index
+        grid = tuple(self.patch_embed.grid_size)
+        windows = windows_at(grid, references, self._ref_grid_size, window_size, window_ratio)
+        if explicit:
+            self._ref_window_sizes, self._ref_grid_size = windows, grid
+        before = grid
+        for stage, size, window in zip(self.layers, stage_maps(grid, stages), windows, strict=True):
+            stage.input_resolution, stage.output_resolution = before, size
+            for block in stage.blocks:
+                block.set_input_size(size, window, always_partition)
+            before = size
+        record_input_size(
+            self,
+            self.patch_embed.img_size,
+            patch_size=patch_size,
+            window_size=windows,
+            always_partition=always_partition,
+        )
+
     def no_weight_decay(self) -> set[str]:
         return super().no_weight_decay() | undecayed(self)
+
+
+def _is_linear(stage: Any) -> bool:
+    return any(isinstance(block, FlattenSwinBlock) for block in stage.blocks)
+
+
+def _covers_map(stage: Any) -> bool:
+    return any(isinstance(block, FlattenSwinBlock) and block.window is None for block in stage.blocks)
+
+
+def _check_softmax_windows(types: Sequence[str], windows: Sequence[StageWindow]) -> None:
+    for index, (kind, window) in enumerate(zip(types, windows, strict=True)):
+        if kind == "S" and window is None:
+            raise ValueError(
+                f"window_size of stage {index} is None, the whole map, which only stages of type L can have; "
+                "this one is of type S"
+            )
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -176,5 +273,6 @@ def flatten_swin_base(pretrained: bool = False, **kwargs: Any) -> FlattenSwinTra
 @register_model
 def flatten_swin_base_384(pretrained: bool = False, **kwargs: Any) -> FlattenSwinTransformer:
     """FLatten-Swin-B at 384 px."""
-    args = {**_BASE, "img_size": 384, "window_size": (96, 96, 12, 12), "drop_path_rate": 0.5}
+    windows = default_windows(kwargs.get("attn_type", "LLSS"), softmax=12)
+    args = {**_BASE, "img_size": 384, "window_size": windows, "drop_path_rate": 0.5}
     return _create("flatten_swin_base_384", pretrained, **{**args, **kwargs})
