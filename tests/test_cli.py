@@ -119,6 +119,7 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.filterwarnings("ignore:flatten_ext.* has moved")
 def test_an_old_module_path_is_the_new_module_and_warns():
     for old in (*_moved.MOVED, "bench.timing", "demo.run", "commands.info"):
         name = f"flatten_ext.{old}"

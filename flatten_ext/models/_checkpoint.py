@@ -7,11 +7,11 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from ..nn import resize_positional_encoding
 from ._attention import FocusedAttention
+from ._reading import read_state_dict
 
 __all__ = ["load_official", "load_weights", "resample_encodings", "resample_square", "unwrap"]
 
@@ -64,8 +64,9 @@ def load_official(model: nn.Module, path: str | os.PathLike[str], new_classifier
 
     Raises:
         TypeError: a model of none of the five families.
-        ValueError: naming every parameter that is missing, unexpected, or of another shape. The model is
-            then unchanged.
+        FileNotFoundError: there is no file at `path`.
+        ValueError: `path` is empty, damaged or holds no state_dict; or naming every parameter that is
+            missing, unexpected, or of another shape. The model is then unchanged.
     """
     from . import checkpoint_filter
 
@@ -79,7 +80,7 @@ def load_weights(
     new_classifier: bool = False,
 ) -> nn.Module:
     """`load_official` for any model: `filter_fn` (state_dict, model) renames and resamples."""
-    state_dict = filter_fn(unwrap(load_state_dict(os.fspath(path))), model)
+    state_dict = filter_fn(unwrap(read_state_dict(path)), model)
     expected = model.state_dict()
     if new_classifier:
         for key in _other_classifier(model, state_dict, expected):
