@@ -36,8 +36,8 @@ CSRC = ROOT / "csrc"
 MINIMUM_TORCH = (2, 11)
 DEFAULT_CUDA_ARCHS = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 ISA_FLAGS = {
-    "isa_avx2": "-mavx2 -mfma -mf16c",
-    "isa_avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl",
 }
 DEPFILE = "\n  depfile = $out.d\n  deps = gcc"
 
@@ -138,13 +138,13 @@ class Library(setuptools.Extension):
 
 def core_sources() -> list[Path]:
     is_x86 = (os.environ.get("ARCHFLAGS", "") + sysconfig.get_platform()).endswith(("x86_64", "amd64"))
-    cpu = [s for s in sorted(CSRC.glob("cpu/*.cpp")) if is_x86 or s.stem not in ISA_FLAGS]
+    isas = [s for s in sorted(CSRC.glob("cpu/isa/*.cpp")) if is_x86 or s.stem not in ISA_FLAGS]
     shared = [CSRC / name for name in ("library.cpp", "checks.cpp", "attention_args.cpp", "outputs.cpp")]
-    return [*shared, *cpu]
+    return [*shared, *sorted(CSRC.glob("cpu/*.cpp")), *isas]
 
 
 def cuda_sources() -> list[Path]:
-    shared = [CSRC / "attention_args.cpp", CSRC / "outputs.cpp"]
+    shared = [CSRC / name for name in ("attention_args.cpp", "outputs.cpp", "cpu/large_pages.cpp")]
     return [*shared, *sorted(CSRC.glob("cuda/*.cpp")), *sorted(CSRC.glob("cuda/*.cu"))]
 
 

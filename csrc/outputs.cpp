@@ -2,15 +2,11 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
+#include "cpu/large_pages.h"
 #include "torch_errors.h"
 
 namespace flatten {
@@ -18,22 +14,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using Sizes = std::vector<std::int64_t>;
-
-/// Asks for large pages for a new block of memory. The C library maps a very large one anew for every
-/// allocation (glibc: above 32 MiB) and gives smaller ones back whenever enough of its heap is free; the
-/// system's faults for small pages then take up to half as long as computing what goes there.
-void prefer_large_pages(void* data, std::int64_t bytes) {
-#ifdef __linux__
-  constexpr std::int64_t kLeast = 4 << 20;
-  if (bytes < kLeast) return;
-  const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
-  const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(data) + page - 1) / page * page;
-  const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(data) + bytes) / page * page;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: refused, nothing is lost
-#else
-  (void)data, (void)bytes;
-#endif
-}
 
 /// Allocates the requested gradients one after the other.
 class Gradients {
@@ -110,7 +90,7 @@ Tensor empty_on_device_of(const Tensor& like, const Sizes& sizes, Dtype dtype) {
                                                          device_type, like.get_device_index(), &handle));
   Tensor made(handle);
   if (device_type == aoti_torch_device_type_cpu())
-    prefer_large_pages(made.mutable_data_ptr(), made.numel() * element_size(dtype));
+    cpu::prefer_large_pages(made.mutable_data_ptr(), made.numel() * element_size(dtype));
   return made;
 }
 

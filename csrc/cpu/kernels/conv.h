@@ -1,9 +1,9 @@
 // flatten::depthwise_conv on its own: the taps of attention over x, forward and backward.
 #pragma once
 
+#include "../workspace.h"
 #include "schedule.h"
-#include "taps_kernel.h"
-#include "workspace.h"
+#include "taps.h"
 
 namespace flatten::cpu::FLATTEN_ISA {
 

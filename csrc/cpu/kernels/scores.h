@@ -8,8 +8,8 @@
 // The window is one block, its keys are one tile.
 #pragma once
 
-#include "focus_kernel.h"
-#include "gemm_kernel.h"
+#include "focus.h"
+#include "gemm.h"
 
 namespace flatten::cpu::FLATTEN_ISA {
 

@@ -1,4 +1,4 @@
 // Compiled with -mavx2 -mfma -mf16c.
 #define FLATTEN_ISA avx2
 #define FLATTEN_ISA_NAME "avx2"
-#include "isa_unit.h"
+#include "unit.h"

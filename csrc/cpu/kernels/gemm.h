@@ -2,7 +2,7 @@
 // broadcasts and V loads. Rows of every operand lie `padded` elements apart.
 #pragma once
 
-#include "rows_kernel.h"
+#include "rows.h"
 
 namespace flatten::cpu::FLATTEN_ISA {
 

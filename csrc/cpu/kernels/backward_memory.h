@@ -2,7 +2,7 @@
 // parameters' gradients.
 #pragma once
 
-#include "attention_kernel.h"
+#include "attention.h"
 
 namespace flatten::cpu::FLATTEN_ISA {
 

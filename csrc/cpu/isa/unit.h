@@ -1,8 +1,8 @@
-// The body of every isa_*.cpp: the kernels, compiled for the instruction set of that file's flags, as a
+// The body of every unit of this folder: the kernels, compiled for the instruction set of its flags, as a
 // table. The including file defines FLATTEN_ISA (the namespace) and FLATTEN_ISA_NAME first.
-#include "backward_kernel.h"
-#include "conv_kernel.h"
-#include "forward_kernel.h"
+#include "../kernels/backward.h"
+#include "../kernels/conv.h"
+#include "../kernels/forward.h"
 
 namespace flatten::cpu::FLATTEN_ISA {
 namespace {

@@ -9,7 +9,7 @@
 
 #include <type_traits>
 
-#include "rows_kernel.h"
+#include "rows.h"
 
 namespace flatten::cpu::FLATTEN_ISA {
 

@@ -5,4 +5,4 @@
 #else
 #define FLATTEN_ISA_NAME "baseline"
 #endif
-#include "isa_unit.h"
+#include "unit.h"

@@ -1,7 +1,7 @@
 // Rows of tokens into and out of head-major blocks, and parameters into vectors.
 #pragma once
 
-#include "kernels.h"
+#include "../kernels.h"
 #include "layout.h"
 
 namespace flatten::cpu::FLATTEN_ISA {

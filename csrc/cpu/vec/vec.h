@@ -1,7 +1,7 @@
 // Vectors of the instruction set this unit is compiled for, on the compiler's own vector types: arithmetic
 // and comparisons are operators; what has no operator (fma, max, conversions) is a function here.
 //
-// A unit defines FLATTEN_ISA (see isa_unit.h). All kernel code lives in the namespace it names, so that the
+// A unit defines FLATTEN_ISA (see isa/unit.h). All kernel code lives in the namespace it names, so that the
 // linker never replaces a function of one instruction set by its namesake of another.
 #pragma once
 
@@ -43,7 +43,7 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;  // SSE2, NEON
 #endif
 
-/// Registers the tiles of gemm_kernel.h and taps_kernel.h may fill.
+/// Registers the tiles of kernels/gemm.h and kernels/taps.h may fill.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kRegisters = 32;
 #else

@@ -2,7 +2,7 @@
 // taps; or by scores, where the window is smaller than its heads are wide.
 #pragma once
 
-#include "attention_kernel.h"
+#include "attention.h"
 
 namespace flatten::cpu::FLATTEN_ISA {
 

@@ -2,12 +2,12 @@
 // m.
 #pragma once
 
-#include "focus_kernel.h"
-#include "gemm_kernel.h"
+#include "../workspace.h"
+#include "focus.h"
+#include "gemm.h"
 #include "schedule.h"
-#include "scores_kernel.h"
-#include "taps_kernel.h"
-#include "workspace.h"
+#include "scores.h"
+#include "taps.h"
 
 namespace flatten::cpu::FLATTEN_ISA {
 

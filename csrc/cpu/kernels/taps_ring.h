@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#include "rows_kernel.h"
+#include "rows.h"
 
 namespace flatten::cpu::FLATTEN_ISA {
 

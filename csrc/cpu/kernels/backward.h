@@ -5,7 +5,7 @@
 //     key pass     dK = (V dS^T + dm) / M             dV = K dS / M + flipped taps of g
 //
 // W gives both dQ and the quotient's derivative, so the output is not computed again. Small windows go by
-// scores_kernel.h instead, both passes in one.
+// scores.h instead, both passes in one.
 #pragma once
 
 #include "backward_memory.h"

@@ -3,8 +3,8 @@
 
 #include <cstddef>
 
-#include "../params.h"
-#include "vec.h"
+#include "../../params.h"
+#include "../vec/vec.h"
 
 namespace flatten::cpu::FLATTEN_ISA {
 

@@ -2,7 +2,7 @@
 // are formed in the same order every time.
 #pragma once
 
-#include "kernels.h"
+#include "../kernels.h"
 #include "layout.h"
 
 namespace flatten::cpu::FLATTEN_ISA {
