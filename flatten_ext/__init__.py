@@ -21,6 +21,7 @@ _LAZY = {
     "attention_map": "analysis",
     "convert": "models.convert",
     "load_official": "models",
+    "self_check": "check",
 }
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "depthwise_conv",
     "linear_attention",
     "load_official",
+    "self_check",
 ]
 
 
