@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from . import _load, reference
 
 __all__ = ["CheckReport", "CheckResult", "self_check"]
 
-# Largest relative errors (Frobenius norm) of the output and of a gradient, by dtype. They are the bounds of the
-# tests; tests/cases.py says where they come from.
+# Largest relative errors (Frobenius norm) of the output and of a gradient, by dtype. They are the bounds of
+# the tests; tests/cases.py says where they come from.
 _TOLERANCE = {
     torch.float64: (1e-13, 1e-13),
     torch.float32: (1e-6, 3e-6),
@@ -287,13 +288,13 @@ def _check_graph(device: torch.device) -> str:
 def _checks(device: torch.device) -> dict[str, Callable[[], str]]:
     """Every check by name; each returns what it found, or raises."""
     checks: dict[str, Callable[[], str]] = {
-        name: (lambda call=call: _check_values(call, device)) for name, call in _calls(device).items()
+        name: partial(_check_values, call, device) for name, call in _calls(device).items()
     }
-    checks["repeated calls"] = lambda: _check_repeats(device)
-    checks["two threads"] = lambda: _check_threads(device)
+    checks["repeated calls"] = partial(_check_repeats, device)
+    checks["two threads"] = partial(_check_threads, device)
     if device.type == "cuda":
-        checks["another stream"] = lambda: _check_stream(device)
-        checks["CUDA graph"] = lambda: _check_graph(device)
+        checks["another stream"] = partial(_check_stream, device)
+        checks["CUDA graph"] = partial(_check_graph, device)
     return checks
 
 
