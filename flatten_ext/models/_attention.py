@@ -72,13 +72,19 @@ class FocusedAttention(nn.Module):
         self.focusing_factor = focusing_factor
         self.grid = (grid[0], grid[1])
         tokens = num_prefix_tokens + grid[0] * grid[1]
-        self.scale = nn.Parameter(torch.zeros(1, 1, dim, **dd))
-        self.positional_encoding = nn.Parameter(torch.zeros(1, tokens, dim, **dd))
+        self.scale = nn.Parameter(torch.empty(1, 1, dim, **dd))
+        self.positional_encoding = nn.Parameter(torch.empty(1, tokens, dim, **dd))
         self.get_v: Any = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd) if lepe else None
         head_dim = dim // num_heads
         self.dwc: Any = nn.Conv2d(
             head_dim, head_dim, kernel_size, padding=kernel_size // 2, groups=head_dim, **dd
         )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The published initialisation of the parameters that lie in no layer: zero."""
+        nn.init.zeros_(self.scale)
+        nn.init.zeros_(self.positional_encoding)
 
     def set_grid(self, grid: Size) -> None:
         """Resamples the learned positional encoding to another map of keys."""

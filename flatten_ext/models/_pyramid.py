@@ -12,7 +12,7 @@ from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from torch import Tensor, nn
 
 from ._mlp import tile_mlps
-from ._timm import undecayed
+from ._timm import reset_modules, undecayed
 
 __all__ = ["Pyramid", "PyramidStage", "create", "init_linear", "stage_sizes"]
 
@@ -97,6 +97,19 @@ class Pyramid(PyramidVisionTransformerV2):
         if num_classes > 0:
             self.head = nn.Linear(embed_dims[-1], num_classes, device=device, dtype=dtype)
         tile_mlps(self)
+
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialises the model anew, for instance after `to_empty` of a model built on the meta device.
+
+        Args:
+            needs_reset: call every module's `reset_parameters` first, as timm's models do.
+        """
+        if needs_reset:
+            reset_modules(self)
+        self.apply(self._init_weights)
+
+    def _init_weights(self, m: nn.Module) -> None:
+        init_linear(m)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Resamples every positional encoding for images of another size."""

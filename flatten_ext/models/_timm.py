@@ -12,7 +12,7 @@ try:
 except ImportError:  # older releases keep no such record
     update_model_input_size = None
 
-__all__ = ["attention_types", "default_cfg", "record_input_size", "undecayed"]
+__all__ = ["attention_types", "default_cfg", "record_input_size", "reset_modules", "undecayed"]
 
 
 def attention_types(attn_type: str, stages: int) -> str:
@@ -26,6 +26,14 @@ def record_input_size(model: nn.Module, img_size: tuple[int, int], **arguments: 
     """Notes the arguments by which timm builds `model` again at its new size."""
     if update_model_input_size is not None:
         update_model_input_size(model, img_size, **arguments)
+
+
+def reset_modules(model: nn.Module) -> None:
+    """Gives every parameter and buffer its initial value, by the `reset_parameters` of its module."""
+    for module in model.modules():
+        reset: Any = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
 
 
 def undecayed(model: nn.Module) -> set[str]:

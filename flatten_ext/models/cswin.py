@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ._attention import FocusedAttention, Size
 from ._checkpoint import resample_encodings, unwrap
-from ._pyramid import Pyramid, PyramidStage, create, init_linear, stage_sizes
+from ._pyramid import Pyramid, PyramidStage, create, stage_sizes
 from ._timm import attention_types, default_cfg
 
 __all__ = ["CSWinBlock", "FlattenCSWinTransformer"]
@@ -235,7 +235,7 @@ class FlattenCSWinTransformer(Pyramid):
             **dd,
         )
         self.norm = LayerNorm2d(dims[-1], eps=1e-5, **dd)
-        self.apply(init_linear)
+        self.init_weights(needs_reset=False)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, C, H / 32, W / 32), normed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timm.layers import trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from ._attention import PackedAttention, Size
 from ._checkpoint import resample_encodings, unwrap
 from ._mlp import tile_mlps
-from ._timm import default_cfg, undecayed
+from ._timm import default_cfg, reset_modules, undecayed
 
 __all__ = ["FlattenBlock", "FlattenVisionTransformer", "FlattenVisionTransformerDistilled"]
 
@@ -57,6 +58,23 @@ class FocusedTokens(VisionTransformer):
             )
         )
         tile_mlps(self)
+
+    def init_weights(self, mode: str = "", **kwargs: Any) -> None:
+        """As timm's, after every `reset_parameters`: not all releases of timm call them."""
+        if kwargs.get("needs_reset", True):
+            reset_modules(self)
+        super().init_weights(mode, **kwargs)
+
+    def reset_parameters(self) -> None:
+        """timm's initialisation of the parameters that lie in no layer: positions and leading tokens."""
+        for parameter, std in (
+            (self.pos_embed, 0.02),
+            (self.cls_token, 1e-6),
+            (self.reg_token, 1e-6),
+            (getattr(self, "dist_token", None), 0.02),
+        ):
+            if parameter is not None:
+                trunc_normal_(parameter, std=std)
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Size]:
         size = self.patch_embed.dynamic_feat_size(x.shape[2:])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..nn import resize_positional_encoding
 from ._attention import PyramidAttention, Size
 from ._checkpoint import resample_encodings, resample_square, unwrap
-from ._pyramid import Pyramid, PyramidStage, create, init_linear, stage_sizes
+from ._pyramid import Pyramid, PyramidStage, create, stage_sizes
 from ._timm import attention_types, default_cfg
 
 __all__ = ["FlattenPyramidTransformer"]
@@ -72,8 +72,13 @@ class Stage(PyramidStage):
     ):
         super().__init__(embed, blocks)
         self.grid = tuple(grid)
-        self.pos_embed = nn.Parameter(trunc_normal_(torch.empty(1, grid[0] * grid[1], dim, **dd), std=0.02))
+        self.pos_embed = nn.Parameter(torch.empty(1, grid[0] * grid[1], dim, **dd))
         self.pos_drop = nn.Dropout(drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The published initialisation of the embedding: truncated normal of 0.02."""
+        trunc_normal_(self.pos_embed, std=0.02)
 
     def _positions(self, size: Size) -> Tensor:
         return resize_positional_encoding(self.pos_embed, self.grid, size)
@@ -171,7 +176,7 @@ class FlattenPyramidTransformer(Pyramid):
             **dd,
         )
         self.norm = norm_layer(embed_dims[-1], **dd).requires_grad_(False)
-        self.apply(init_linear)
+        self.init_weights(needs_reset=False)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from timm.layers import to_2tuple
 from timm.models import generate_default_cfgs, register_model
+from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from timm.models.pvt_v2 import checkpoint_filter_fn as _timm_filter
 from torch import nn
 
@@ -58,10 +58,11 @@ class FlattenPyramidTransformerV2(Pyramid):
             for block in blocks:
                 block.attn = PyramidAttention(block.attn, size, **focus)
                 # As every convolution of the family: normal, of variance 2 / fan-out.
-                dwc = block.attn.dwc
-                nn.init.normal_(dwc.weight, std=math.sqrt(2 / math.prod(dwc.kernel_size)))
-                nn.init.zeros_(dwc.bias)
+                block.attn.dwc.apply(self._init_weights)
         tile_mlps(self)
+
+    def _init_weights(self, m: nn.Module) -> None:
+        PyramidVisionTransformerV2._init_weights(self, m)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:

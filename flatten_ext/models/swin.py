@@ -6,15 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
+from timm.layers import trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+from timm.models.swin_transformer import (
+    SwinTransformer,
+    SwinTransformerBlock,
+    get_relative_position_index,
+)
 from timm.models.swin_transformer import checkpoint_filter_fn as _timm_filter
 from torch import Tensor, nn
 
 from ._attention import PackedAttention, Size
 from ._checkpoint import resample_encodings
 from ._mlp import tile_mlps
-from ._timm import attention_types, default_cfg, record_input_size, undecayed
+from ._timm import attention_types, default_cfg, record_input_size, reset_modules, undecayed
 from ._windows import StageWindow, default_windows, stage_maps, stage_windows, windows_at
 
 __all__ = ["FlattenSwinBlock", "FlattenSwinTransformer"]
@@ -197,6 +202,25 @@ class FlattenSwinTransformer(SwinTransformer):
             window_size=windows,
             always_partition=always_partition,
         )
+
+    def init_weights(self, mode: str = "", **kwargs: Any) -> None:
+        """As timm's, after every `reset_parameters`: not all releases of timm call them."""
+        if kwargs.get("needs_reset", True):
+            reset_modules(self)
+        super().init_weights(mode, **kwargs)
+
+    def reset_parameters(self) -> None:
+        """Fills the tables, indices and masks of softmax windows, as older releases of timm do not."""
+        for block in self.modules():
+            if not isinstance(block, SwinTransformerBlock) or hasattr(block, "reset_parameters"):
+                continue
+            attn = block.attn
+            trunc_normal_(attn.relative_position_bias_table, std=0.02)
+            index = attn.relative_position_index
+            index.copy_(get_relative_position_index(*attn.window_size, device=index.device))
+            if block.attn_mask is not None:
+                mask = block.attn_mask
+                mask.copy_(block.get_attn_mask(device=mask.device, dtype=mask.dtype))
 
     def no_weight_decay(self) -> set[str]:
         return super().no_weight_decay() | undecayed(self)
