@@ -21,6 +21,7 @@ _LAZY = {
     "attention_map": "analysis",
     "convert": "models.convert",
     "load_official": "models",
+    "rotary_table": "rotary",
     "self_check": "check",
 }
 
@@ -33,6 +34,7 @@ __all__ = [
     "depthwise_conv",
     "linear_attention",
     "load_official",
+    "rotary_table",
     "self_check",
 ]
 
