@@ -139,7 +139,10 @@ class Library(setuptools.Extension):
 def core_sources() -> list[Path]:
     is_x86 = (os.environ.get("ARCHFLAGS", "") + sysconfig.get_platform()).endswith(("x86_64", "amd64"))
     isas = [s for s in sorted(CSRC.glob("cpu/isa/*.cpp")) if is_x86 or s.stem not in ISA_FLAGS]
-    shared = [CSRC / name for name in ("library.cpp", "checks.cpp", "attention_args.cpp", "outputs.cpp")]
+    shared = [
+        CSRC / name
+        for name in ("schemas.cpp", "checks.cpp", "traced.cpp", "attention_args.cpp", "outputs.cpp")
+    ]
     return [*shared, *sorted(CSRC.glob("cpu/*.cpp")), *isas]
 
 

@@ -1,5 +1,6 @@
 """torch's other hooks for torch.ops.flatten, in the order a call meets them; autograd is in _autograd.py.
 
+jit tracing   records a twin of the operator, with plain ints in place of sizes that the trace follows
 autocast      casts q, k, v to the active autocast dtype and leaves the parameters alone
 vmap          folds the mapped dimension into the batch, or maps sample by sample
 fake tensors  shapes and dtypes for torch.compile and torch.export
@@ -9,7 +10,9 @@ FLOPs         formulas for torch.utils.flop_counter
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 
 import torch
 from torch import Tensor
@@ -22,6 +25,55 @@ from ._autograd import ATTENTION, CONV, attention_arguments, reference_gradients
 
 _ops = torch.ops.flatten
 _library = torch.library.Library("flatten", "IMPL")
+
+
+# ------------------------------------------------------------------------------------------------ jit tracing
+def _register_tracing(name: str, tokens: str) -> None:
+    """Records the twin `name`_traced (csrc/traced.cpp): torch.jit.trace has no way to record a SymInt that a
+    shape gave. A recorded call has the numbers of its trace for good, so it also gets what shows in a later
+    run that another size has come: the number of tokens where there is a size, and every number from a shape.
+    """
+    op, twin = getattr(_ops, name).default, getattr(_ops, f"{name}_traced").default
+    arguments = [argument.name for argument in op._schema.arguments]
+    numbers = [name for name in ("num_heads", "size", "window", "shift") if name in arguments]
+
+    def kernel(*args):
+        given = dict(
+            zip(arguments, args, strict=False)
+        )  # what the caller left out at the end is not among args
+        measured = [given[tokens].shape[1]] if given.get("size") is not None else []
+        measured += [n for n in _numbers_as_typed(op, numbers) if isinstance(n, Tensor)]
+        values = (
+            torch.stack([torch.as_tensor(n) for n in measured])
+            if measured
+            else torch.empty(0, dtype=torch.int64)
+        )
+        return twin(values, [int(n) for n in measured], *args)
+
+    _library.impl(name, kernel, "Tracer")
+
+
+def _numbers_as_typed(op, numbers: Sequence[str]) -> list:
+    """The arguments `numbers` of the call to `op` under way as its caller typed them, lists opened out. The
+    dispatcher made them ints; the frame of the call still has the tensors by which a trace follows a shape.
+    In a torch that has no such frame the list is empty, and a traced call does not see that they differ."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        callee = frame.f_locals.get("self") if frame.f_code.co_name == "__call__" else None
+        if callee is op or callee is op.overloadpacket:
+            names = [argument.name for argument in op._schema.arguments]
+            given = dict(zip(names, frame.f_locals["args"], strict=False)) | frame.f_locals["kwargs"]
+            lists = [given.get(name) for name in numbers]
+            found = [n for value in lists for n in (value if isinstance(value, (list, tuple)) else [value])]
+            if any(isinstance(n, Tensor) for n in found):
+                return found
+        frame = frame.f_back
+    return []
+
+
+_register_tracing("attention", "k")
+_register_tracing("linear_attention", "k")
+_register_tracing("depthwise_conv", "x")
 
 
 # --------------------------------------------------------------------------------------------------- autocast

@@ -3,7 +3,7 @@
 //
 // Arguments, shapes and dtypes are those of the Python functions (flatten_ext/ops.py). A bad argument throws
 // std::runtime_error; torch prints the reason to its log. Derivatives are the business of Python's autograd:
-// a C++ program calls flatten::attention_backward itself (csrc/library.cpp).
+// a C++ program calls flatten::attention_backward itself (csrc/schemas.cpp).
 #pragma once
 
 #include <torch/csrc/stable/library.h>

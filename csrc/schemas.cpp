@@ -2,17 +2,39 @@
 // cpu/register.cpp, cuda/attention.cpp, and flatten_ext/_registrations.py for torch's own hooks.
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
+namespace {
+
+void replace(std::string& text, const std::string& old, const std::string& by) {
+  for (std::size_t at = 0; (at = text.find(old, at)) != std::string::npos; at += by.size())
+    text.replace(at, old.size(), by);
+}
+
+/// Defines an operator and its twin for torch.jit.trace (traced.cpp).
+void define_with_twin(torch::stable::detail::StableLibrary& m, const char* schema) {
+  m.def(schema);
+  std::string twin = schema;
+  twin.replace(twin.find('('), 1, "_traced(Tensor measured, int[] expected, ");
+  replace(twin, "SymInt", "int");
+  m.def(twin.c_str());
+}
+
+}  // namespace
+
 STABLE_TORCH_LIBRARY(flatten, m) {
   // The three operators people call.
-  m.def(
+  define_with_twin(
+      m,
       "attention(Tensor q, Tensor k, Tensor v, int num_heads, Tensor? scale=None, Tensor? key_bias=None, "
       "Tensor? dwc_weight=None, Tensor? dwc_bias=None, SymInt[]? size=None, SymInt[]? window=None, "
       "SymInt[]? shift=None, float focusing_factor=3.0, float eps=1e-6) -> Tensor");
-  m.def(
-      "linear_attention(Tensor q, Tensor k, Tensor v, int num_heads, Tensor? dwc_weight=None, "
-      "Tensor? dwc_bias=None, SymInt[]? size=None, SymInt[]? window=None, SymInt[]? shift=None, "
-      "float eps=1e-6) -> Tensor");
-  m.def(
+  define_with_twin(m,
+                   "linear_attention(Tensor q, Tensor k, Tensor v, int num_heads, Tensor? dwc_weight=None, "
+                   "Tensor? dwc_bias=None, SymInt[]? size=None, SymInt[]? window=None, SymInt[]? shift=None, "
+                   "float eps=1e-6) -> Tensor");
+  define_with_twin(
+      m,
       "depthwise_conv(Tensor x, Tensor weight, Tensor? bias, SymInt[] size, SymInt[]? window=None, "
       "SymInt[]? shift=None) -> Tensor");
 
