@@ -44,7 +44,7 @@ class LePEAttention(nn.Module):
         self.num_heads, self.attn_drop = num_heads, attn_drop
         self.get_v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, size: Size, window: Size | None = None) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, size: Size, window: Size | None = None) -> Tensor:
         """(B, N, C) tokens of the map `size`, which `window` divides -> (B, N, C)."""
         wh, ww = window or size
         rows, columns = size[0] // wh, size[1] // ww
@@ -59,6 +59,14 @@ class LePEAttention(nn.Module):
         out = out.transpose(1, 2).flatten(2) + self.get_v(image).flatten(2).transpose(1, 2)
         out = out.unflatten(0, (-1, rows, columns)).unflatten(3, (wh, ww))
         return out.transpose(2, 3).flatten(1, 4)
+
+
+class StripeAttention(FocusedAttention):
+    """Focused linear attention in windows, plus the same convolution of v per channel."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, size: Size, window: Size | None = None) -> Tensor:
+        """(B, N, C) tokens of the map `size`, which `window` divides -> (B, N, C)."""
+        return self.attend(q, k, v, size, window)
 
 
 def _divides(stripe: int, size: Size) -> bool:
@@ -104,7 +112,7 @@ class CSWinBlock(nn.Module):
         self.norm1 = norm_layer(dim, **dd)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.attns: Any = nn.ModuleList(
-            FocusedAttention(dim // branches, num_heads // branches, window, lepe=True, **focus, **dd)
+            StripeAttention(dim // branches, num_heads // branches, window, lepe=True, **focus, **dd)
             if kind == "L"
             else LePEAttention(dim // branches, num_heads // branches, attn_drop, **dd)
             for window in self._windows(grid)
@@ -131,11 +139,11 @@ class CSWinBlock(nn.Module):
         """(B, N, C) -> (B, N, C): stripes side by side, each branch on its share of the channels."""
         qkv = self.qkv(x).unflatten(-1, (3, self.dim)).unbind(-2)
         if self.split_size is None:
-            return self.proj(self.attns[0].attend(*qkv, size))
+            return self.proj(self.attns[0](*qkv, size))
         halves = [x.chunk(2, -1) for x in qkv]
         # Only the results are copied: the operator reads its stripes and halves of q, k and v in place.
         outs = [
-            attention.attend(*(half[i] for half in halves), size, window)
+            attention(*(half[i] for half in halves), size, window)
             for i, (attention, window) in enumerate(zip(self.attns, self._windows(size), strict=True))
         ]
         return self.proj(torch.cat(outs, -1))

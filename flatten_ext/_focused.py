@@ -1,0 +1,219 @@
+"""Focused linear attention between projections: the one module core, around one operator.
+
+`flatten_ext.FocusedLinearAttention` and the attentions of `flatten_ext.models` are built on it. Parameters
+are named as in the public code, so its checkpoints load by their own names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._layers import is_plain_conv
+from .ops import attention, depthwise_conv
+from .reference import from_windows, to_windows
+
+Size = Sequence[int]  # height, width
+
+__all__ = ["FocusedAttention", "Size", "resize_positional_encoding"]
+
+
+class FocusedAttention(nn.Module):
+    """The attention between the projections, with the parameters that it adds to a softmax attention.
+
+    Args:
+        dim: channels C.
+        num_heads: heads; C must be a multiple.
+        grid: height and width of the map of keys (of one window, with windows), for which
+            `positional_encoding` (1, num_prefix_tokens + height * width, C) is learned; other maps get it
+            resampled. None for no positional encoding.
+        num_prefix_tokens: leading tokens that lie outside the map (class token, registers).
+        focusing_factor: p of phi_p, at least 1.
+        kernel_size: size of the depthwise kernel that the heads share: an odd number, or an odd
+            (height, width); None for none.
+        lepe: adds CSWin's locally enhanced positional encoding, a 3x3 depthwise kernel for each channel.
+        eps: added to the features and to the normaliser.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid: Size | None,
+        *,
+        num_prefix_tokens: int = 0,
+        focusing_factor: float = 3.0,
+        kernel_size: int | Size | None = 5,
+        lepe: bool = False,
+        eps: float = 1e-6,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if num_heads < 1:
+            raise ValueError(f"num_heads is {num_heads}, expected a positive number")
+        if dim < 1 or dim % num_heads:
+            raise ValueError(f"dim is {dim}, expected a multiple of num_heads, {num_heads}")
+        if num_prefix_tokens < 0:
+            raise ValueError(f"num_prefix_tokens is {num_prefix_tokens}, expected 0 or more")
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
+        self.num_prefix_tokens = num_prefix_tokens
+        self.focusing_factor, self.eps = float(focusing_factor), eps
+        self.grid: Any = None if grid is None else (grid[0], grid[1])
+        self.scale = nn.Parameter(torch.empty(1, 1, dim, **dd))
+        self.positional_encoding: Any = None
+        if self.grid is not None:
+            tokens = num_prefix_tokens + self.grid[0] * self.grid[1]
+            self.positional_encoding = nn.Parameter(torch.empty(1, tokens, dim, **dd))
+        self.get_v: Any = _depthwise(dim, (3, 3), dd) if lepe else None
+        kernel = None if kernel_size is None else _odd_pair(kernel_size)
+        self.dwc: Any = None if kernel is None else _depthwise(self.head_dim, kernel, dd)
+        FocusedAttention.reset_parameters(self)
+
+    def reset_parameters(self) -> None:
+        """The published initialisation of the parameters that lie in no layer: zero."""
+        nn.init.zeros_(self.scale)
+        if self.positional_encoding is not None:
+            nn.init.zeros_(self.positional_encoding)
+
+    def set_grid(self, grid: Size) -> None:
+        """Resamples the learned positional encoding to another map of keys."""
+        if self.positional_encoding is not None:
+            encoding = self.encoding(grid).detach()
+            self.positional_encoding = nn.Parameter(encoding, self.positional_encoding.requires_grad)
+            self.grid = (grid[0], grid[1])
+
+    def encoding(self, grid: Size) -> Any:
+        """The positional encoding (1, prefix + H * W, C) on the map `grid`; None where there is none."""
+        if self.positional_encoding is None:
+            return None
+        return resize_positional_encoding(self.positional_encoding, self.grid, grid, self.num_prefix_tokens)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        size: Size,
+        window: Size | None = None,
+        shift: Size | None = None,
+        key_size: Size | None = None,
+    ) -> Tensor:
+        """(B, N, C) queries, (B, M, C) keys and values -> (B, N, C).
+
+        Args:
+            size: the map the queries tile, after the prefix tokens.
+            window: attend inside windows of this size; None is the whole map.
+            shift: cyclic shift of the windows.
+            key_size: the map the keys tile, where it is not `size`. The depthwise branch then convolves v
+                resampled linearly along the flattened tokens, as PVT's public code does.
+        """
+        key_grid = key_size if key_size is not None else window if window is not None else size
+        encoding = self.encoding(key_grid)
+        focus: dict[str, Any] = {
+            "scale": F.softplus(self.scale).flatten(),
+            "key_bias": None if encoding is None else encoding[0],
+            "focusing_factor": self.focusing_factor,
+            "eps": self.eps,
+        }
+        weight, bias, called = self._depthwise_branch(v.device)
+        if key_size is None:
+            focus |= {"size": list(size), "window": window, "shift": shift}
+            out = attention(q, k, v, self.num_heads, dwc_weight=weight, dwc_bias=bias, **focus)
+        else:
+            out = attention(q, k, v, self.num_heads, **focus)
+            v = F.interpolate(v.transpose(1, 2), q.shape[1], mode="linear").transpose(1, 2)
+            if weight is not None:
+                out = out + depthwise_conv(v, weight, bias, list(size))
+        for layer, channels in called:
+            out = out + _call(layer, channels, v, size, window, shift).to(out.dtype)
+        return out
+
+    def _depthwise_branch(self, device: torch.device) -> tuple[Any, Any, list[tuple[nn.Module, int]]]:
+        """Weight and bias of the depthwise kernel that the operator is given, and the layers that are called
+        beside it, each with the channels of its maps.
+
+        Of a plain layer the weight is read: the operator convolves v while it attends. With LePE it is given
+        the sum of both kernels, one for each channel, since both are linear in v.
+        """
+        dwc, get_v, called = self.dwc, self.get_v, []
+        if dwc is not None and not is_plain_conv(dwc, self.head_dim, device):
+            called.append((dwc, self.head_dim))
+            dwc = None
+        if get_v is not None and not is_plain_conv(get_v, self.dim, device):
+            called.append((get_v, self.dim))
+            get_v = None
+        if dwc is None or get_v is None:
+            layer = dwc if get_v is None else get_v
+            return (None, None, called) if layer is None else (layer.weight, layer.bias, called)
+        weight = _sum_of_kernels(get_v.weight, dwc.weight.repeat(self.num_heads, 1, 1, 1))
+        biases = [
+            bias
+            for bias in (get_v.bias, None if dwc.bias is None else dwc.bias.repeat(self.num_heads))
+            if bias is not None
+        ]
+        return weight, sum(biases) if biases else None, called
+
+
+def _call(
+    layer: nn.Module, channels: int, v: Tensor, size: Size, window: Size | None, shift: Size | None
+) -> Tensor:
+    """What `layer`, called once on all maps (or windows) of `channels` channels, adds to the tokens.
+
+    Channel c of v is channel c % channels of a map; prefix tokens get 0.
+    """
+    height, width = size if window is None else window
+    prefix = v.shape[1] - size[0] * size[1]
+    tokens = v[:, prefix:].unsqueeze(1) if window is None else to_windows(v, size, window, shift)
+    batch, windows = tokens.shape[:2]
+    heads = v.shape[2] // channels
+    maps = tokens.unflatten(-1, (heads, channels)).permute(0, 1, 3, 4, 2)
+    maps = layer(maps.flatten(0, 2).unflatten(-1, (height, width)))
+    tokens = maps.flatten(2).unflatten(0, (batch, windows, heads)).permute(0, 1, 4, 2, 3).flatten(3)
+    if window is None:
+        return F.pad(tokens.squeeze(1), (0, 0, prefix, 0))
+    return from_windows(tokens, size, window, shift)
+
+
+def _odd_pair(kernel_size: Any) -> tuple[int, int]:
+    pair = tuple(kernel_size) if isinstance(kernel_size, Sequence) else (kernel_size, kernel_size)
+    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 and side % 2 for side in pair):
+        raise ValueError(
+            f"kernel_size is {kernel_size}, expected a positive odd number, or two: (height, width)"
+        )
+    return pair[0], pair[1]
+
+
+def _depthwise(channels: int, kernel: tuple[int, int], dd: dict[str, Any]) -> nn.Conv2d:
+    padding = (kernel[0] // 2, kernel[1] // 2)
+    return nn.Conv2d(channels, channels, kernel, padding=padding, groups=channels, **dd)
+
+
+def _sum_of_kernels(first: Tensor, second: Tensor) -> Tensor:
+    """Depthwise kernels of odd sizes, added around their centres."""
+    height, width = (max(a, b) for a, b in zip(first.shape[2:], second.shape[2:], strict=True))
+
+    def padded(kernel: Tensor) -> Tensor:
+        rows, columns = (height - kernel.shape[2]) // 2, (width - kernel.shape[3]) // 2
+        return F.pad(kernel, (columns, columns, rows, rows)) if rows or columns else kernel
+
+    return padded(first) + padded(second)
+
+
+def resize_positional_encoding(encoding: Tensor, old: Size, new: Size, num_prefix_tokens: int = 0) -> Tensor:
+    """(1, P + h*w, C) of an (h, w) map -> (1, P + H*W, C) of an (H, W) map, bicubic; the prefix rows stay."""
+    # An exported graph serves every size: it must not depend on whether the example's was the learned one.
+    if not torch.compiler.is_exporting() and tuple(old) == tuple(new):
+        return encoding
+    prefix, grid = encoding[:, :num_prefix_tokens], encoding[:, num_prefix_tokens:]
+    image = grid.transpose(1, 2).unflatten(2, (old[0], old[1]))
+    image = F.interpolate(image.float(), size=(new[0], new[1]), mode="bicubic", antialias=False)
+    return torch.cat((prefix, image.to(encoding.dtype).flatten(2).transpose(1, 2)), 1)
