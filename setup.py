@@ -6,11 +6,13 @@ Three objects come out of csrc/:
     flatten_ext/lib/libflatten_cuda.so   CUDA kernels; built when a CUDA compiler is found
     flatten_ext/_C.*.so                  pybind11: loads the first, reports how it was built
 
-They use the LibTorch stable ABI only, so one build serves every torch from MINIMUM_TORCH on.
+They use the LibTorch stable ABI only, so one build serves every torch from minimum_torch on. That, the
+sources, cuda_archs and all else that CMakeLists.txt needs to know too stands in csrc/build_facts.txt and
+csrc/cpu/isa/isas.inc.
 
 Environment:
     FLATTEN_WITH_CUDA=0|1    never build the CUDA library | fail when it cannot be built
-    TORCH_CUDA_ARCH_LIST     CUDA architectures, e.g. "8.0;9.0+PTX" (default: DEFAULT_CUDA_ARCHS)
+    TORCH_CUDA_ARCH_LIST     CUDA architectures, e.g. "8.0;9.0+PTX" (default: cuda_archs, see above)
     CUDA_HOME                the CUDA toolkit (default: nvcc on PATH, then pip's nvidia-cuda-nvcc)
     MAX_JOBS                 parallel compilations (default: one per core)
     FLATTEN_SANITIZE=address instrument the CPU library, for tests/sanitizer.sh
@@ -33,13 +35,34 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-MINIMUM_TORCH = (2, 11)
-DEFAULT_CUDA_ARCHS = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
-ISA_FLAGS = {
-    "avx2": "-mavx2 -mfma -mf16c",
-    "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl",
-}
 DEPFILE = "\n  depfile = $out.d\n  deps = gcc"
+
+
+def build_facts() -> dict[str, list[str]]:
+    lines = (CSRC / "build_facts.txt").read_text().splitlines()
+    facts = (line.partition("=") for line in lines if line and not line.startswith("#"))
+    return {name.strip(): values.split() for name, _, values in facts}
+
+
+FACTS = build_facts()
+MINIMUM_TORCH = FACTS["minimum_torch"][0]
+
+
+def sources(*facts: str) -> list[Path]:
+    patterns = [pattern for fact in facts for pattern in FACTS[fact]]
+    return [s for p in patterns for s in (sorted(CSRC.glob(p)) if "*" in p else [CSRC / p])]
+
+
+def isa_flags() -> dict[Path, list[str]]:
+    """The units of the instruction sets that the target's architecture has, and their compiler flags."""
+    table = (CSRC / "cpu" / "isa" / "isas.inc").read_text()
+    rows = re.findall(r"^FLATTEN_INSTRUCTION_SET\((\w+), (\w+), (.*)\)$", table, re.M)
+    target = sysconfig.get_platform().replace("amd64", "x86_64")
+    return {
+        CSRC / "cpu" / "isa" / f"{name}.cpp": [f"-m{f}" for f in re.findall(r"FEATURE\((\w+)\)", features)]
+        for name, architecture, features in rows
+        if architecture == "any" or target.endswith(architecture)
+    }
 
 
 @dataclass
@@ -107,7 +130,7 @@ def find_cuda() -> CudaToolkit:
         raise NoCuda(f"{home} has nvcc but not cuda_runtime.h and libcudart.so")
     known = set(run(nvcc, "--list-gpu-arch").split())
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    archs = re.split(r"[;, ]+", (asked or DEFAULT_CUDA_ARCHS).strip())
+    archs = re.split(r"[;, ]+", asked.strip()) if asked else FACTS["cuda_archs"]
     unknown = [a for a in archs if f"compute_{a.removesuffix('+PTX').replace('.', '')}" not in known]
     if unknown and asked:
         raise NoCuda(f"nvcc {version} does not know {unknown} of TORCH_CUDA_ARCH_LIST")
@@ -118,7 +141,7 @@ def cuda_or_none() -> CudaToolkit | None:
     wanted = os.environ.get("FLATTEN_WITH_CUDA", "")
     if wanted not in ("", "0", "1"):
         raise SystemExit(f"FLATTEN_WITH_CUDA is {wanted!r}, expected 0 or 1")
-    if wanted == "0" or not list(CSRC.glob("cuda/*.cu")):
+    if wanted == "0" or not sources("cuda_sources"):
         return None
     try:
         return find_cuda()
@@ -134,21 +157,6 @@ class Library(setuptools.Extension):
 
     def __init__(self, name: str, sources: list[Path]):
         super().__init__(name, [str(s.relative_to(ROOT)) for s in sources])
-
-
-def core_sources() -> list[Path]:
-    is_x86 = (os.environ.get("ARCHFLAGS", "") + sysconfig.get_platform()).endswith(("x86_64", "amd64"))
-    isas = [s for s in sorted(CSRC.glob("cpu/isa/*.cpp")) if is_x86 or s.stem not in ISA_FLAGS]
-    shared = [
-        CSRC / name
-        for name in ("schemas.cpp", "checks.cpp", "traced.cpp", "attention_args.cpp", "outputs.cpp")
-    ]
-    return [*shared, *sorted(CSRC.glob("cpu/*.cpp")), *isas]
-
-
-def cuda_sources() -> list[Path]:
-    shared = [CSRC / name for name in ("attention_args.cpp", "outputs.cpp", "cpu/large_pages.cpp")]
-    return [*shared, *sorted(CSRC.glob("cuda/*.cpp")), *sorted(CSRC.glob("cuda/*.cu"))]
 
 
 class BuildLibraries(build_ext):
@@ -189,7 +197,7 @@ class BuildLibraries(build_ext):
         sanitize = sanitizer_flags()
         cxxflags = [
             *["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *sanitize],
-            f"-DTORCH_TARGET_VERSION=0x{MINIMUM_TORCH[0]:02x}{MINIMUM_TORCH[1]:02x}000000000000",
+            "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*map(int, MINIMUM_TORCH.split("."))),
             *["-isystem", str(torch_root / "include")],
             *shlex.split(os.environ.get("CXXFLAGS", "")),
         ]
@@ -231,14 +239,14 @@ class BuildLibraries(build_ext):
             f"rule nvcc\n  command = $nvcc -MD -MF $out.d $nvccflags -c $in -o $out{DEPFILE}",
             f"rule link\n  command = $cxx {shared} $in -o $out $ldflags $libraries",
         ]
-        objects = []
+        objects, isa = [], isa_flags()
         for source in (ROOT / s for s in ext.sources):
             rule = "nvcc" if source.suffix == ".cu" else "cxx"
             target = f"{source.parent.name}_{source.name}.o"
             objects.append(target)
             lines.append(f"build {target}: {rule} {ninja_path(source)}")
-            if source.stem in ISA_FLAGS:
-                lines.append(f"  isa = {ISA_FLAGS[source.stem]}")
+            if isa.get(source):
+                lines.append(f"  isa = {shlex.join(isa[source])}")
         # What the linker reads besides: linked again when it changes.
         files = [ninja_path(Path(library)) for library in libraries if library.endswith(".so")]
         files.append(ninja_path(CSRC / "exports.map"))
@@ -252,7 +260,7 @@ class BuildLibraries(build_ext):
         facts = {
             "VERSION": self.distribution.get_version(),
             "BUILT_WITH_TORCH": torch.__version__,
-            "MINIMUM_TORCH": ".".join(map(str, MINIMUM_TORCH)),
+            "MINIMUM_TORCH": MINIMUM_TORCH,
             "CUDA_VERSION": self.cuda.version if self.cuda else "",
             "CUDA_ARCHS": ";".join(self.cuda.archs) if self.cuda else "",
         }
@@ -281,10 +289,11 @@ def ninja() -> str:
     return str(Path(BIN_DIR) / "ninja")
 
 
+libflatten_sources = [*sources("host_sources", "cpu_sources", "cpu_kernel_sources"), *isa_flags()]
 setuptools.setup(
     ext_modules=[
-        Library("flatten_ext.lib.libflatten", core_sources()),
-        Library("flatten_ext.lib.libflatten_cuda", cuda_sources()),
+        Library("flatten_ext.lib.libflatten", libflatten_sources),
+        Library("flatten_ext.lib.libflatten_cuda", sources("host_sources", "cuda_sources")),
         Library("flatten_ext._C", [CSRC / "bindings.cpp"]),
     ],
     cmdclass={"build_ext": BuildLibraries},

@@ -32,7 +32,7 @@ if(TorchStable_FOUND)
         TorchStable::${name}
         PROPERTIES IMPORTED_LOCATION ${TorchStable_${device}_LIBRARY}
                    INTERFACE_INCLUDE_DIRECTORIES ${TorchStable_INCLUDE_DIR}
-                   # The least torch that loads the result: MINIMUM_TORCH of setup.py.
+                   # The least torch that loads the result: minimum_torch of csrc/build_facts.txt.
                    INTERFACE_COMPILE_DEFINITIONS TORCH_TARGET_VERSION=0x020b000000000000)
       # torch's libraries need further ones, whose place they know themselves.
       if(NOT APPLE)

@@ -13,33 +13,32 @@
 
 namespace flatten::cpu {
 
-namespace baseline {
-extern const Kernels kKernels;
-}
+#define FLATTEN_ON_any(...) __VA_ARGS__
 #if defined(__x86_64__)
-namespace avx2 {
-extern const Kernels kKernels;
-}
-namespace avx512 {
-extern const Kernels kKernels;
-}
+#define FLATTEN_ON_x86_64(...) __VA_ARGS__
+#else
+#define FLATTEN_ON_x86_64(...)
 #endif
+
+#define FLATTEN_INSTRUCTION_SET(name, architecture, features) \
+  FLATTEN_ON_##architecture(namespace name { extern const Kernels kKernels; })
+#include "isa/isas.inc"
+#undef FLATTEN_INSTRUCTION_SET
 
 namespace {
 
 /// The sets this processor runs, least first.
 std::vector<const Kernels*> runnable() {
-  std::vector<const Kernels*> sets{&baseline::kKernels};
+  std::vector<const Kernels*> sets;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (has_avx2) sets.push_back(&avx2::kKernels);
-  if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    sets.push_back(&avx512::kKernels);
-  }
 #endif
+#define FEATURE(name) &&__builtin_cpu_supports(#name)
+#define FLATTEN_INSTRUCTION_SET(name, architecture, features) \
+  FLATTEN_ON_##architecture(if (true features) sets.push_back(&name::kKernels);)
+#include "isa/isas.inc"
+#undef FLATTEN_INSTRUCTION_SET
+#undef FEATURE
   return sets;
 }
 

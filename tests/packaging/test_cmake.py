@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 import json
+import os
+import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from building import ROOT, run
+from building import CPU_ONLY, ROOT, run
 
 TORCH = f"-DTorchStable_ROOT={torch.__path__[0]}"
 
@@ -24,30 +26,40 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def setup_constant(name: str):
-    """A constant of setup.py, which cannot be imported."""
-    for statement in ast.parse((ROOT / "setup.py").read_text()).body:
-        if isinstance(statement, ast.Assign) and getattr(statement.targets[0], "id", "") == name:
-            return ast.literal_eval(statement.value)
-    raise LookupError(name)
-
-
 def test_ctest(build: Path) -> None:
     assert "100% tests passed" in run("ctest", "--output-on-failure", cwd=build)
 
 
-def test_same_flags_as_setup_py(build: Path) -> None:
-    commands = {
-        Path(c["file"]): c["command"] for c in json.loads((build / "compile_commands.json").read_text())
+def units_of_libflatten(compile_commands: str) -> dict[Path, list[str]]:
+    """Standard and instruction set of every unit of csrc/."""
+    return {
+        Path(c["file"]): re.findall(r" (-std=\S+|-m[a-z]\S*)", c["command"])
+        for c in json.loads(compile_commands)
+        if Path(c["file"]).is_relative_to(ROOT / "csrc")
     }
-    by_name = {path.stem: command for path, command in commands.items()}
-    for stem, flags in setup_constant("ISA_FLAGS").items():
-        if stem in by_name:
-            assert re.findall(r" (-m\S+)", by_name[stem]) == flags.split()
-    assert not re.search(" -m", by_name["baseline"])
-    major, minor = setup_constant("MINIMUM_TORCH")
-    assert f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000" in by_name["library"]
-    assert by_name.keys() >= {p.stem for p in (ROOT / "csrc").glob("*.cpp")} - {"bindings"}
+
+
+def test_setup_py_compiles_the_same_units_with_the_same_flags(build: Path, tmp_path: Path) -> None:
+    pretends = tmp_path / "ninja"
+    pretends.write_text("#!/bin/sh\n")
+    pretends.chmod(0o755)
+    run(
+        sys.executable, "setup.py", "build_ext", "--build-temp", tmp_path, "--build-lib", tmp_path / "lib",
+        cwd=ROOT, env={**CPU_ONLY, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    database = run("ninja", "-C", tmp_path / "flatten_ext.lib.libflatten", "-t", "compdb", cwd=tmp_path)
+    database = database[database.index("[\n") :]  # behind what ninja says of the folder
+    cmake_database = (build / "compile_commands.json").read_text()
+    by_cmake = units_of_libflatten(cmake_database)
+    assert by_cmake == units_of_libflatten(database)
+    versions = [set(re.findall(r"-DTORCH_TARGET_VERSION=(\w+)", d)) for d in (database, cmake_database)]
+    assert versions[0] == versions[1]
+    assert len(versions[0]) == 1
+    isa = ROOT / "csrc" / "cpu" / "isa"
+    assert by_cmake[isa / "baseline.cpp"] == by_cmake[isa.parent / "dispatch.cpp"]
+    if platform.machine() == "x86_64":
+        assert "-mavx512f" in by_cmake[isa / "avx512.cpp"]
+        assert "-mavx512f" not in by_cmake[isa / "avx2.cpp"]
 
 
 def test_isa_units_share_no_code(build: Path) -> None:

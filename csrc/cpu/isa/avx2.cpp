@@ -1,4 +1,3 @@
-// Compiled with -mavx2 -mfma -mf16c.
 #define FLATTEN_ISA avx2
 #define FLATTEN_ISA_NAME "avx2"
 #include "unit.h"
