@@ -5,7 +5,8 @@ put in a transformer block, `flatten_ext.models` the published models (needs tim
 """
 
 import importlib
-from typing import Any
+import importlib.util
+from typing import TYPE_CHECKING, Any
 
 from . import _autograd as _autograd
 from . import _load  # first: registers torch.ops.flatten
@@ -13,6 +14,12 @@ from . import _moved as _moved
 from . import _registrations as _registrations
 from .nn import FocusedLinearAttention
 from .ops import attention, depthwise_conv, linear_attention
+
+if TYPE_CHECKING:
+    from .analysis import attention_map as attention_map
+    from .check import self_check as self_check
+    from .models import load_official as load_official
+    from .models.convert import convert as convert
 
 __version__: str = _load.build_info()["version"]
 
@@ -30,16 +37,20 @@ __all__ = [
     "__version__",
     "attention",
     "attention_map",
-    "convert",
     "depthwise_conv",
     "linear_attention",
-    "load_official",
-    "rotary_table",
     "self_check",
 ]
+# `from flatten_ext import *` asks for every name: it must work where there is torch alone.
+if importlib.util.find_spec("timm") is not None:
+    __all__ += ["convert", "load_official"]
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -19,7 +19,8 @@ class FocusedLinearAttention(FocusedAttention):
 
     FLatten Transformer, arXiv 2308.00442. The parameters bear the names of the published code (`qkv`, `proj`,
     `dwc`, `scale`, `positional_encoding`), so its attention weights load as they are. As there, the parameter
-    `scale` goes through a softplus, and the ReLU features are **divided** by the result.
+    `scale` goes through a softplus, and the ReLU features are **divided** by the result. Arguments behind
+    `num_heads` are meant to be given by name.
 
     Args:
         dim: C, the channels of a token.
@@ -41,6 +42,8 @@ class FocusedLinearAttention(FocusedAttention):
         ValueError: naming the argument, what was expected and what came.
 
     Example:
+        >>> import torch
+        >>> from flatten_ext import FocusedLinearAttention
         >>> block = FocusedLinearAttention(dim=96, num_heads=3, positional_encoding=(14, 14))
         >>> tokens = torch.randn(8, 14 * 20, 96)
         >>> block(tokens, size=(14, 20)).shape
@@ -110,19 +113,34 @@ class FocusedLinearAttention(FocusedAttention):
         """
         if x.ndim != 3 or x.shape[2] != self.dim:
             raise ValueError(f"x is {tuple(x.shape)}, expected (batch, tokens, {self.dim})")
-        if size is None:
-            size = self._square(x.shape[1])
+        size = self._map(x.shape[1], size)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.dim)).unbind(-2)
         return self.proj_drop(self.proj(self.attend(q, k, v, size, self.window, self.shift)))
 
-    def _square(self, tokens: int) -> Size:
-        side = math.isqrt(max(tokens - self.num_prefix_tokens, 0))
-        if tokens <= self.num_prefix_tokens or side * side != tokens - self.num_prefix_tokens:
+    def _map(self, tokens: int, size: Size | None) -> Size:
+        """The map that the tokens tile; the square one where `size` is left out."""
+        prefix = self.num_prefix_tokens
+        if size is None:
+            if tokens <= prefix:
+                raise ValueError(
+                    f"x has {tokens} tokens, {prefix} of them prefix, which leave none for a map"
+                )
+            side = math.isqrt(tokens - prefix)
+            if side * side != tokens - prefix:
+                raise ValueError(
+                    f"x has {tokens} tokens, {prefix} of them prefix, which are no square map: "
+                    "pass size=(H, W)"
+                )
+            return side, side
+        if not isinstance(size, Sequence) or len(size) != 2:
+            raise ValueError(f"size is {size}, expected two numbers (height, width)")
+        # Not asked of sizes that a graph leaves open: the graph would be tied to the answer.
+        if not torch.compiler.is_compiling() and prefix + size[0] * size[1] != tokens:
             raise ValueError(
-                f"x has {tokens} tokens, {self.num_prefix_tokens} of them prefix, which are no square map: "
-                "pass size=(H, W)"
+                f"x has {tokens} tokens, expected {prefix + size[0] * size[1]}: size is {tuple(size)}, with "
+                f"{prefix} prefix tokens before it"
             )
-        return side, side
+        return size
 
     @property
     def positional_encoding_size(self) -> tuple[int, int] | None:

@@ -41,12 +41,15 @@ def attention(
         S_h    = K_h^T V_h / M,  m_h = mean of K_h
         out    = concat_h((Q_h S_h) / (Q_h . m_h + eps)) + depthwise_conv(v)
 
+    Arguments behind `num_heads` are meant to be given by name.
+
     Args:
         q: (B, N, C) projected queries; C = num_heads * head_dim; float32, float16, bfloat16 or float64.
         k, v: (B, M, C) projected keys and values, in q's dtype. M may differ from N only without `window` and
             `dwc_weight`. Any layout whose channels are adjacent is read in place.
         num_heads: channel c belongs to head c // head_dim.
-        scale: (C,) positive divisor of the ReLU features; float32 or q's dtype, as every parameter below.
+        scale: (C,) positive; the ReLU features are **divided** by it (the `scale` of torch's
+            scaled_dot_product_attention multiplies). float32 or q's dtype, as every parameter below.
         key_bias: (M, C), with windows (wh*ww, C): positional encoding added to k before the ReLU.
         dwc_weight: (head_dim, 1, kh, kw) shared by the heads, or (C, 1, kh, kw); kh and kw odd.
         dwc_bias: (head_dim,) or (C,), as the weight.
@@ -54,8 +57,8 @@ def attention(
             M - H*W leading tokens (class, registers) attend but are not convolved; none with windows.
         window: (wh, ww) dividing (H, W): attend and convolve inside each window; tokens stay in raster order.
         shift: (sh, sw) smaller than the window: the window grid lies on the map rolled by (-sh, -sw).
-        focusing_factor: p >= 1.
-        eps: >= 0.
+        focusing_factor: p of phi, at least 1; the paper uses 3.
+        eps: added to the features and to the normaliser, at least 0.
 
     Returns:
         (B, N, C) in q's dtype. Sums, norms, S and m accumulate in float32 (float64 for float64 inputs).
@@ -63,6 +66,14 @@ def attention(
     Raises:
         RuntimeError: naming the argument, what was expected and what came, before anything is computed. The
             values of `scale` are checked on the CPU only.
+
+    Example:
+        >>> import torch
+        >>> from flatten_ext import attention
+        >>> q, k, v = torch.randn(3, 8, 14 * 14, 96)  # 8 images of 14 x 14 tokens of 96 channels
+        >>> weight = torch.randn(96 // 3, 1, 5, 5)  # shared by the 3 heads
+        >>> attention(q, k, v, 3, dwc_weight=weight, size=(14, 14), window=(7, 7)).shape
+        torch.Size([8, 196, 96])
     """
     return _attention(
         q, k, v, num_heads, scale, key_bias, dwc_weight, dwc_bias, size, window, shift, focusing_factor, eps
@@ -85,6 +96,13 @@ def linear_attention(
 
     Any other mapping (ELU + 1, exp, a learned one) runs on the same kernels. Arguments, shapes, dtypes and
     errors as in `attention`.
+
+    Example:
+        >>> import torch
+        >>> from flatten_ext import linear_attention
+        >>> q, k, v = torch.randn(3, 8, 196, 96)
+        >>> linear_attention(torch.nn.functional.elu(q) + 1, torch.nn.functional.elu(k) + 1, v, 3).shape
+        torch.Size([8, 196, 96])
     """
     return _linear_attention(q, k, v, num_heads, dwc_weight, dwc_bias, size, window, shift, eps)
 
@@ -107,5 +125,15 @@ def depthwise_conv(
 
     Returns:
         (B, P + H*W, C) in x's dtype.
+
+    Raises:
+        RuntimeError: as `attention`.
+
+    Example:
+        >>> import torch
+        >>> from flatten_ext import depthwise_conv
+        >>> x, weight = torch.randn(8, 1 + 14 * 14, 96), torch.randn(32, 1, 5, 5)  # a class token before the map
+        >>> depthwise_conv(x, weight, None, size=(14, 14)).shape
+        torch.Size([8, 197, 96])
     """
     return _depthwise_conv(x, weight, bias, size, window, shift)
