@@ -6,10 +6,11 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flatten_ext import info
 from flatten_ext.tools import commands
+from flatten_ext.tools.errors import InputError, one_line
 from flatten_ext.tools.extras import MissingExtra, require
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def build_app() -> typer.Typer:
     typer = require("typer", "cli", "the command line")
     require("rich", "cli", "the command line")
     app = typer.Typer(
+        cls=_group(),
         name="flatten-ext",
         help="Focused linear attention for vision transformers.",
         no_args_is_help=True,
@@ -36,6 +38,32 @@ def build_app() -> typer.Typer:
     for module in pkgutil.iter_modules(commands.__path__):
         importlib.import_module(f"{commands.__name__}.{module.name}").register(app)
     return app
+
+
+def _group() -> type[typer.core.TyperGroup]:
+    """The commands' group, which tells every mistake of the user in one plain line, without a traceback."""
+    typer = require("typer", "cli", "the command line")
+    # Newer versions of typer have click inside, older ones beside them.
+    usage_error, click_exception = typer.BadParameter.__mro__[1:3]
+
+    base: Any = importlib.import_module("typer.core").TyperGroup
+
+    class Group(base):
+        def invoke(self, ctx: Any) -> Any:
+            try:
+                return super().invoke(ctx)
+            except click_exception as error:
+                command = f"{ctx.command_path} {ctx.invoked_subcommand or ''}".rstrip()
+                hint = f" (see {command} --help)" if isinstance(error, usage_error) else ""
+                message, status = f"{error.format_message()}{hint}", error.exit_code
+            except (InputError, MissingExtra, FloatingPointError, OSError, EOFError) as error:
+                if isinstance(error, BrokenPipeError):
+                    raise
+                message, status = one_line(error), 1
+            typer.echo(f"flatten-ext {ctx.invoked_subcommand or ''}".rstrip() + f": {message}", err=True)
+            raise typer.Exit(status)
+
+    return Group
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

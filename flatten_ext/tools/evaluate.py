@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,38 +13,21 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-__all__ = ["autocast", "evaluate", "write_atomically"]
+from flatten_ext.tools import fingerprint
+from flatten_ext.tools.errors import InputError
+from flatten_ext.tools.output import write_atomically as write_atomically  # flatten_ext.evaluate had it
+from flatten_ext.tools.output import write_text
+from flatten_ext.tools.recipe import Amp
 
+__all__ = ["autocast", "evaluate"]
 
-def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
-    """Writes a file that is, at every moment, either the old one or the new one, whole.
-
-    Args:
-        path: the file.
-        write: is given the binary file to write to.
-    """
-    unfinished = path.with_name(f"{path.name}.partial")
-    with open(unfinished, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must survive a power cut too
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+_COUNTS = ("seen", "top1", "top5", "loss")
 
 
 def autocast(device: torch.device, amp: str | None) -> Any:
-    """The autocast context of `amp`: "bfloat16", "float16" or None."""
-    if amp is None:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=getattr(torch, amp))
-
-
-def _write(content: bytes, file: Any) -> None:
-    file.write(content)
+    """The autocast context of `amp`: "bfloat16", "float16", or None (or "none") for full precision."""
+    dtype = Amp.of(amp).dtype
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 @torch.inference_mode()
@@ -62,6 +43,7 @@ def evaluate(
     identity: Any = None,
     progress: Callable[[int, int], None] | None = None,
     save_every: int = 20,
+    finish: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Classifies every image of `dataset`, in order.
 
@@ -69,25 +51,34 @@ def evaluate(
         model: (B, 3, H, W) -> (B, classes).
         dataset: transformed images and labels.
         amp: "bfloat16" or "float16" to compute under autocast.
-        state: where to keep the running counts, every `save_every` batches; an evaluation that was cut off
-            goes on from there, if its `identity` (any JSON value) and the data set's length are the same.
-            Removed at the end.
+        state: where to keep the running counts, every `save_every` batches and at the end; an evaluation that
+            was cut off goes on from there, if the model's weights, the data set's length and `identity` are
+            the same. Removed when `finish` has returned.
+        identity: any JSON value that tells one evaluation from another.
         progress: called with (images done, images in all) after every batch.
+        finish: called with the result, to keep it, before the state goes.
 
     Returns:
         images, top1 and top5 (percent), loss (mean cross entropy).
+
+    Raises:
+        ValueError: the data set is empty, or `state` is a file of something else.
     """
     device = torch.device(device)
-    model = model.to(device).eval()
+    Amp.of(amp)
     total = len(dataset)  # type: ignore[arg-type]
-    counts: dict[str, Any] = {"seen": 0, "top1": 0, "top5": 0, "loss": 0.0}
-    identity = json.loads(json.dumps([identity, total]))
-    if state is not None and state.exists():
-        saved = json.loads(state.read_text())
-        if saved["identity"] == identity:
-            counts = saved["counts"]
     if total == 0:
-        raise ValueError("the data set is empty")
+        raise InputError("the data set is empty")
+    counts: dict[str, Any] = dict.fromkeys(_COUNTS, 0)
+    if state is not None:
+        identity = fingerprint.of_json([identity, total, fingerprint.of_model(model)])
+        counts = _read_state(state, identity) or counts
+    model = model.to(device).eval()
+
+    def save() -> None:
+        if state is not None:
+            write_text(state, json.dumps({"identity": identity, "counts": counts}))
+
     rest = Subset(dataset, range(counts["seen"], total))
     loader = DataLoader(rest, batch_size, num_workers=workers, pin_memory=device.type == "cuda")
     for batch, (images, labels) in enumerate(loader, 1):
@@ -100,16 +91,31 @@ def evaluate(
         counts["top1"] += int(top[:, 0].sum())
         counts["top5"] += int(top.sum())
         counts["loss"] += float(F.cross_entropy(logits, labels, reduction="sum"))
-        if state is not None and batch % save_every == 0:
-            content = json.dumps({"identity": identity, "counts": counts}).encode()
-            write_atomically(state, partial(_write, content))
+        if batch % save_every == 0:
+            save()
         if progress is not None:
             progress(counts["seen"], total)
-    if state is not None:
-        state.unlink(missing_ok=True)
-    return {
+    result = {
         "images": total,
         "top1": 100 * counts["top1"] / total,
         "top5": 100 * counts["top5"] / total,
         "loss": counts["loss"] / total,
     }
+    if finish is not None:
+        save()
+        finish(result)
+    if state is not None:
+        state.unlink(missing_ok=True)
+    return result
+
+
+def _read_state(path: Path, identity: Any) -> dict[str, Any] | None:
+    """The counts of an evaluation that was cut off; None where there is none, or one of something else."""
+    if not path.exists():
+        return None
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        counts = {key: saved["counts"][key] + 0 for key in _COUNTS}
+        return counts if saved["identity"] == identity else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not the state of an evaluation; remove it to begin anew") from error

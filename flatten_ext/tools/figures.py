@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from flatten_ext.analysis import attention_map, softmax_map
-
-from .style import FAINT, INK, quiet
+from flatten_ext.tools.output import replacing
+from flatten_ext.tools.style import FAINT, INK, quiet
 
 __all__ = ["draw_maps", "draw_ranks", "four_maps", "save"]
 
@@ -98,8 +98,9 @@ def draw_ranks(maps: dict[str, Tensor], head_dim: int) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes `figure`; the suffix chooses the format (pdf, svg, png)."""
-    figure.savefig(path, dpi=300, bbox_inches="tight")
+    """Writes `figure`, whole or not at all; the suffix chooses the format (pdf, svg, png)."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=300, bbox_inches="tight")
 
 
 def _figure(width: float, height: float) -> Figure:

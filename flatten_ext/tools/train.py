@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 import json
+import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup, create_transform, resolve_model_data_config
@@ -24,54 +25,19 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from flatten_ext import models
-from flatten_ext.models._checkpoint import load_weights
 from flatten_ext.models.convert import convert
-
-from .data import Replayable, open_dataset, seed_everything
-from .evaluate import autocast, evaluate, write_atomically
+from flatten_ext.tools import fingerprint, networks
+from flatten_ext.tools.data import Replayable, open_dataset, seed_everything
+from flatten_ext.tools.devices import find_device
+from flatten_ext.tools.errors import InputError, blamed_on, one_line
+from flatten_ext.tools.evaluate import autocast, evaluate
+from flatten_ext.tools.lock import FolderLock
+from flatten_ext.tools.output import remove_unfinished, try_folder, write_text, write_torch
+from flatten_ext.tools.recipe import TrainConfig
 
 __all__ = ["TrainConfig", "Trainer", "distillation_loss"]
 
-
-@dataclass
-class TrainConfig:
-    """One run. Every field is a setting of timm's recipes or says what it is."""
-
-    model: str  # a timm model name
-    data: str  # a folder, "digits" or "mnist": see flatten_ext.tools.data.open_dataset
-    output: str  # folder of last.pt, best.pt and history.json
-    model_args: dict[str, Any] = field(default_factory=dict)
-    checkpoint: str | None = None  # weights to start from; a classifier of other classes is not loaded
-    convert: str | None = None  # stages for flatten_ext.convert, applied after loading
-    teacher: str | None = None  # timm model name to distil from; "self" is the model before `convert`
-    teacher_checkpoint: str | None = None
-    distillation: float = 0.5  # weight of the teacher's loss
-    temperature: float = 2.0
-    img_size: int = 224
-    epochs: int = 300
-    batch_size: int = 128
-    opt: str = "adamw"
-    lr: float = 5e-4
-    weight_decay: float = 0.05
-    clip_grad: float | None = 5.0
-    sched: str = "cosine"
-    warmup_epochs: int = 5
-    min_lr: float = 1e-5
-    smoothing: float = 0.1
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    # mmax9: at magnitude 10 timm posterises to 0 bits, which Pillow refuses.
-    auto_augment: str | None = "rand-m9-mstd0.5-mmax9-inc1"
-    reprob: float = 0.25
-    hflip: float = 0.5
-    crop_scale: float = 0.08  # smallest share of the picture that a random crop shows
-    ema_decay: float | None = 0.9999
-    amp: str | None = None  # "bfloat16" or "float16"
-    workers: int = 4
-    device: str = "cpu"
-    seed: int = 0
-    save_every: int = 100  # steps between checkpoints; one more ends every epoch
+_FILES = ("last.pt", "best.pt", "history.json")
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -83,33 +49,55 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
 class Trainer:
     """Builds what `config` names and trains it; goes on from `output`/last.pt where there is one.
 
+    The folder is its own until `fit` returns, or `close` is called.
+
     Raises:
-        ValueError: last.pt is of a run with another configuration.
+        InputError: something that `config` names cannot be used; last.pt is of a run with another
+            configuration or other images; or another process trains in this folder. It names which.
     """
 
     def __init__(self, config: TrainConfig):
-        self.config, self.device = config, torch.device(config.device)
+        self.config, self.device = config, find_device(config.device)
         self.output = Path(config.output)
-        self.output.mkdir(parents=True, exist_ok=True)
+        try_folder(self.output, *_FILES)
+        self._lock = FolderLock(self.output)
+        try:
+            self._build()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Lets another run have the folder."""
+        self._lock.release()
+
+    def _build(self) -> None:
+        config = self.config
+        remove_unfinished(*(self.output / name for name in _FILES))
         seed_everything(config.seed)
         train_set, self.val_set = open_dataset(config.data, True), open_dataset(config.data, False)
         self.classes = list(train_set.classes)
-        model = timm.create_model(config.model, num_classes=len(self.classes), **config.model_args)
+        parts = {"train": train_set, "held out": self.val_set}
+        self.images = {part: fingerprint.of_images(images) for part, images in parts.items()}
+        model = networks.build(config.model, num_classes=len(self.classes), **config.model_args)
         self._set_transforms(model, train_set)
         self.train_set = Replayable(train_set, config.seed)
         if config.checkpoint:
-            ours = isinstance(model, models.FAMILIES)
-            filter_fn = models.checkpoint_filter(model) if ours else lambda state_dict, _model: state_dict
-            load_weights(model, config.checkpoint, filter_fn, new_classifier=True)
+            networks.load(model, config.checkpoint, new_classifier=True)
         self.teacher = self._make_teacher(model)
         if config.convert:
-            convert(model, config.convert, img_size=config.img_size)
+            with blamed_on(f"convert {config.convert!r} of {config.model}", ValueError, TypeError):
+                convert(model, config.convert, img_size=config.img_size)
         self.model = model.to(self.device)
         self.steps_per_epoch = max(len(self.train_set) // config.batch_size, 1)
         self._make_optimizer()
         self.epoch = self.step = 0  # step counts within the epoch
         self.history: list[dict[str, Any]] = []
         self.best = -1.0
+        size = (3, config.img_size, config.img_size)
+        networks.try_forward(self.model, size, f"img_size {config.img_size}: model {config.model}")
+        if self.teacher is not None:
+            networks.try_forward(self.teacher, size, f"img_size {config.img_size}: teacher {config.teacher}")
         if (self.output / "last.pt").exists():
             self._resume()
 
@@ -118,15 +106,16 @@ class Trainer:
         stats = resolve_model_data_config(model)
         shared = {key: stats[key] for key in ("interpolation", "mean", "std")}
         size = (3, config.img_size, config.img_size)
-        train_set.transform = create_transform(
-            size,
-            is_training=True,
-            auto_augment=config.auto_augment,
-            re_prob=config.reprob,
-            hflip=config.hflip,
-            scale=(config.crop_scale, 1.0),
-            **shared,
-        )
+        with blamed_on(f"auto_augment {config.auto_augment!r} is no policy of timm's"):
+            train_set.transform = create_transform(
+                size,
+                is_training=True,
+                auto_augment=config.auto_augment,
+                re_prob=config.reprob,
+                hflip=config.hflip,
+                scale=(config.crop_scale, 1.0),
+                **shared,
+            )
         self.val_set.transform = create_transform(
             size, crop_pct=stats["crop_pct"], crop_mode=stats["crop_mode"], **shared
         )
@@ -138,28 +127,30 @@ class Trainer:
         if config.teacher == "self":
             teacher = copy.deepcopy(model)
         else:
-            teacher = timm.create_model(
-                config.teacher,
-                num_classes=len(self.classes),
-                pretrained=config.teacher_checkpoint is None,
-                checkpoint_path=config.teacher_checkpoint or "",
+            pretrained = config.teacher_checkpoint is None
+            teacher = networks.build(
+                config.teacher, "teacher", num_classes=len(self.classes), pretrained=pretrained
             )
+            if config.teacher_checkpoint is not None:
+                networks.load(teacher, config.teacher_checkpoint)
         return teacher.to(self.device).eval().requires_grad_(False)
 
     def _make_optimizer(self) -> None:
         config = self.config
-        self.optimizer = create_optimizer_v2(
-            self.model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay
-        )
-        self.scheduler, _ = create_scheduler_v2(
-            self.optimizer,
-            sched=config.sched,
-            num_epochs=config.epochs,
-            warmup_epochs=min(config.warmup_epochs, config.epochs - 1),
-            min_lr=config.min_lr,
-            step_on_epochs=False,
-            updates_per_epoch=self.steps_per_epoch,
-        )
+        with blamed_on(f"opt {config.opt!r}"):
+            self.optimizer = create_optimizer_v2(
+                self.model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay
+            )
+        with blamed_on(f"sched {config.sched!r}"):
+            self.scheduler, _ = create_scheduler_v2(
+                self.optimizer,
+                sched=config.sched,
+                num_epochs=config.epochs,
+                warmup_epochs=min(config.warmup_epochs, config.epochs - 1),
+                min_lr=config.min_lr,
+                step_on_epochs=False,
+                updates_per_epoch=self.steps_per_epoch,
+            )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "float16")
         self.ema = None if config.ema_decay is None else ModelEmaV3(self.model, decay=config.ema_decay)
         self.mixup = None
@@ -172,7 +163,7 @@ class Trainer:
             )
 
     def fit(self, progress: Callable[[int, int, float], None] | None = None) -> list[dict[str, Any]]:
-        """Trains to the last epoch.
+        """Trains to the last epoch, and lets another run have the folder.
 
         Args:
             progress: called with (steps done, steps in all, loss) after every step.
@@ -180,17 +171,20 @@ class Trainer:
         Returns:
             The history: epoch, loss, lr, and top1, top5 of the held-out images for every epoch.
         """
-        total = self.config.epochs * self.steps_per_epoch
-        while self.epoch < self.config.epochs:
-            self.model.train()
-            for images, labels in self._batches():
-                loss = self._train_step(images, labels)
-                self.step += 1
-                if progress is not None:
-                    progress(self.epoch * self.steps_per_epoch + self.step, total, loss)
-                if self.step % self.config.save_every == 0 and self.step < self.steps_per_epoch:
-                    self._save()
-            self._end_epoch(loss)
+        try:
+            total = self.config.epochs * self.steps_per_epoch
+            while self.epoch < self.config.epochs:
+                self.model.train()
+                for images, labels in self._batches():
+                    loss = self._train_step(images, labels)
+                    self.step += 1
+                    if progress is not None:
+                        progress(self.epoch * self.steps_per_epoch + self.step, total, loss)
+                    if self.step % self.config.save_every == 0 and self.step < self.steps_per_epoch:
+                        self._save()
+                self._end_epoch(loss)
+        finally:
+            self.close()
         return self.history
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -262,10 +256,12 @@ class Trainer:
         if result["top1"] > self.best:
             self.best = result["top1"]
             weights = {"state_dict": model.state_dict(), "config": asdict(config), "classes": self.classes}
-            write_atomically(self.output / "best.pt", lambda file: torch.save(weights, file))
+            write_torch(self.output / "best.pt", weights)
         self._save()
-        history = json.dumps(self.history, indent=1).encode()
-        write_atomically(self.output / "history.json", lambda file: file.write(history))
+        self._write_history()
+
+    def _write_history(self) -> None:
+        write_text(self.output / "history.json", json.dumps(self.history, indent=1) + "\n")
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -275,6 +271,7 @@ class Trainer:
             "best": self.best,
             "history": self.history,
             "classes": self.classes,
+            "images": self.images,
             "state_dict": self.model.state_dict(),
             "state_dict_ema": None if self.ema is None else self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -282,22 +279,59 @@ class Trainer:
         }
 
     def _save(self) -> None:
-        write_atomically(self.output / "last.pt", lambda file: torch.save(self._state(), file))
+        write_torch(self.output / "last.pt", self._state())
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        """last.pt, whole and undamaged."""
+        try:
+            with zipfile.ZipFile(path) as archive:  # torch.load does not check the sums
+                damaged = archive.testzip()
+            saved = torch.load(path, map_location=self.device, weights_only=True)
+        except Exception as error:  # whatever a damaged or foreign file makes unpickling raise
+            raise InputError(
+                f"{path} is damaged, or no checkpoint of this program ({type(error).__name__}): move it away "
+                "to begin anew"
+            ) from error
+        if damaged is not None:
+            raise InputError(f"{path} is damaged (in {damaged}): move it away to begin anew")
+        expected = set(self._state()) - {"images"}  # which version 0.1 did not keep
+        missing = sorted(key for key in expected if not isinstance(saved, dict) or key not in saved)
+        if missing:
+            raise InputError(f"{path} is no checkpoint of this program: it has no {', '.join(missing)}")
+        return saved
 
     def _resume(self) -> None:
         path = self.output / "last.pt"
-        saved = torch.load(path, map_location=self.device, weights_only=True)
+        saved = self._read(path)
         ours, theirs = asdict(self.config), saved["config"]
         free = ("output", "workers", "device", "save_every")  # may change between the parts of a run
         different = [key for key in ours if key not in free and ours[key] != theirs.get(key)]
         if different:
             changes = ", ".join(f"{key}: {theirs.get(key)} there, {ours[key]} here" for key in different)
-            raise ValueError(f"{path} is of a run with another configuration ({changes})")
-        self.model.load_state_dict(saved["state_dict"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(saved["state_dict_ema"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
+            raise InputError(f"{path} is of a run with another configuration ({changes})")
+        if saved["classes"] != self.classes:
+            before, now = saved["classes"], self.classes
+            named = [f"{a} there, {b} here" for a, b in zip(before, now, strict=False) if a != b]
+            counts = [f"{len(before)} classes there, {len(now)} here"] * (len(before) != len(now))
+            raise InputError(f"{path} is of a run with other classes ({', '.join(counts + named[:5])})")
+        for part, images in self.images.items():
+            if changes := fingerprint.differing_classes(saved.get("images", self.images)[part], images):
+                raise InputError(f"{path} is of a run with other images ({part}: {changes})")
+        try:
+            self.model.load_state_dict(saved["state_dict"])
+            if self.ema is not None:
+                self.ema.module.load_state_dict(saved["state_dict_ema"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.scaler.load_state_dict(saved["scaler"])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} does not fit the model of this run: {one_line(error)}") from error
         self.epoch, self.step = saved["epoch"], saved["step"]
         self.best, self.history = saved["best"], saved["history"]
         self.scheduler.step_update(self.epoch * self.steps_per_epoch + self.step)
+        history = self.output / "history.json"
+        # A run that was killed between its two files has one epoch more in last.pt.
+        written = None
+        with suppress(OSError, ValueError):
+            written = json.loads(history.read_text(encoding="utf-8"))
+        if self.history and written != self.history:
+            self._write_history()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -37,9 +38,9 @@ def register(app: typer.Typer) -> None:
                 "roofline; models: images/s end to end; quality: the ablation (hours); all: all but quality."
             ),
         ] = Suite.stages,
-        output: Annotated[
-            Path, typer.Option(file_okay=False, help="Folder for the JSON, Markdown and SVG.")
-        ] = Path("flatten-bench"),
+        output: Annotated[Path, typer.Option(help="Folder for the JSON, Markdown and SVG.")] = Path(
+            "flatten-bench"
+        ),
         quick: Annotated[
             bool, typer.Option("--quick", help="Small shapes and few rounds: a smoke test.")
         ] = False,
@@ -68,11 +69,19 @@ def register(app: typer.Typer) -> None:
         require("matplotlib", "bench", "the charts")
         from flatten_ext.tools.bench import session
         from flatten_ext.tools.bench.check import CheckFailed
+        from flatten_ext.tools.devices import find_device
+        from flatten_ext.tools.errors import InputError
+        from flatten_ext.tools.output import try_folder
 
+        if not math.isfinite(seconds):
+            raise InputError(f"seconds is {seconds}, expected a finite number")
+        try_folder(output)
+        find_device(device)
+        clock = "cpu" if cpu_time else "wall"
         options = session.Options(
-            output, quick, compiled and not quick, seconds, threads, device, seeds, jobs
+            output, quick, compiled and not quick, seconds, threads, device, seeds, jobs, clock
         )
         try:
             session.run(suite.value, options, Console())
         except CheckFailed as error:
-            raise SystemExit(f"flatten-ext bench: {error}") from error
+            raise InputError(str(error)) from error

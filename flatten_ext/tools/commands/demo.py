@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from flatten_ext.tools.extras import require
-from flatten_ext.tools.output import write_json
+from flatten_ext.tools.output import try_folder, write_json
 
 if TYPE_CHECKING:
     from flatten_ext.tools.demo.run import Outcome
@@ -47,9 +47,9 @@ def register(app: typer.Typer) -> None:
     def command(
         seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant, from different seeds.")] = 1,
         epochs: Annotated[int, typer.Option(min=1, help="Passes over the 4,000 training images.")] = 8,
-        output: Annotated[
-            Path, typer.Option(file_okay=False, help="Folder for demo.json and demo.png.")
-        ] = Path("flatten-demo"),
+        output: Annotated[Path, typer.Option(help="Folder for demo.json and demo.png.")] = Path(
+            "flatten-demo"
+        ),
         train_images: Annotated[
             int | None, typer.Option(min=64, max=4000, help="Train on the first so many images only.")
         ] = None,
@@ -64,6 +64,7 @@ def register(app: typer.Typer) -> None:
         from flatten_ext.tools.micro.images import load_mnist
         from flatten_ext.tools.micro.training import Budget, total_steps
 
+        try_folder(output, "demo.json", "demo.png")
         # More threads than this only wait for each other in operators of 49 tokens.
         torch.set_num_threads(min(torch.get_num_threads(), 4))
         console = Console()

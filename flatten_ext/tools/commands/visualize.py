@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,18 +13,24 @@ from rich.table import Table
 from flatten_ext.tools.extras import require
 
 
+class Suffix(str, enum.Enum):
+    """What a figure is written as."""
+
+    pdf = "pdf"
+    svg = "svg"
+    png = "png"
+
+
 def register(app: typer.Typer) -> None:
     """Adds the command to the application."""
 
     @app.command("visualize")
     def command(
         model: Annotated[str, typer.Option(help="One of flatten_ext.models.")],
-        image: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="The picture.")],
-        output: Annotated[Path, typer.Option(file_okay=False, help="Folder of maps and ranks.")] = Path(
-            "flatten-visualize"
-        ),
+        image: Annotated[Path, typer.Option(help="The picture.")],
+        output: Annotated[Path, typer.Option(help="Folder of maps and ranks.")] = Path("flatten-visualize"),
         checkpoint: Annotated[
-            Path | None, typer.Option(exists=True, help="Weights; without them the model is untrained.")
+            Path | None, typer.Option(help="Weights; without them the model is untrained.")
         ] = None,
         query: Annotated[
             list[str] | None, typer.Option(help="y,x in [0, 1) of a query token; may be given again.")
@@ -31,8 +38,8 @@ def register(app: typer.Typer) -> None:
         layer: Annotated[
             int, typer.Option(help="Which of the model's focused attentions on a whole map.")
         ] = -1,
-        img_size: Annotated[int, typer.Option(help="Pixels a side.")] = 224,
-        suffix: Annotated[str, typer.Option(help="pdf, svg or png.")] = "pdf",
+        img_size: Annotated[int, typer.Option(min=1, help="Pixels a side.")] = 224,
+        suffix: Annotated[Suffix, typer.Option(help="Format of the figures.")] = Suffix.pdf,
     ) -> None:
         """Draw softmax, linear, focused and focused + DWC attention of the same queries and keys.
 
@@ -41,40 +48,41 @@ def register(app: typer.Typer) -> None:
         """
         for package in ("timm", "matplotlib"):
             require(package, "bench", "the figures")
-        import timm
         import torch
-        from PIL import Image
         from timm.data import create_transform, resolve_model_data_config
 
         from flatten_ext.analysis import record_attention, sharpness
-        from flatten_ext.models import load_official
-        from flatten_ext.tools import figures
+        from flatten_ext.tools import figures, networks
+        from flatten_ext.tools.data import open_image
+        from flatten_ext.tools.errors import InputError
+        from flatten_ext.tools.output import try_folder
 
-        net = timm.create_model(model, img_size=img_size).eval()
+        queries = [_point(text) for text in query or ("0.3,0.3", "0.5,0.5", "0.7,0.6")]
+        paths = [output / f"{name}.{suffix.value}" for name in ("maps", "ranks")]
+        try_folder(output, *(path.name for path in paths))
+        original = open_image(image)
+        net = networks.build(model, img_size=img_size).eval()
         if checkpoint is not None:
-            load_official(net, checkpoint)
+            networks.load(net, checkpoint, new_classifier=True)
+        size = (3, img_size, img_size)
+        networks.try_forward(net, size, f"img_size {img_size}: model {model}")
         stats = resolve_model_data_config(net)
-        transform = create_transform(
-            **{**stats, "input_size": (3, img_size, img_size), "crop_pct": 1.0}, normalize=False
-        )
-        pixels = transform(Image.open(image).convert("RGB")).float() / 255
+        transform = create_transform(**{**stats, "input_size": size, "crop_pct": 1.0}, normalize=False)
+        pixels = transform(original).float() / 255
         mean, std = (torch.tensor(stats[key]).reshape(3, 1, 1) for key in ("mean", "std"))
         with torch.inference_mode(), record_attention(net) as recorded:
             net(((pixels - mean) / std)[None])
         console = Console()
         names = list(recorded)
         if not names:
-            console.print(f"{model} has no focused attention over a whole map", style="red")
-            raise typer.Exit(1)
+            raise InputError(f"model {model} has no focused attention over a whole map")
         if not -len(names) <= layer < len(names):
-            raise typer.BadParameter(f"{model} has {len(names)} such attentions", param_hint="--layer")
+            few = f"{layer} is none of the {len(names)} such attentions of {model}"
+            raise typer.BadParameter(few, param_hint="--layer")
         inputs = recorded[names[layer]]
         maps = figures.four_maps(inputs)
-        queries = [_point(text) for text in query or ("0.3,0.3", "0.5,0.5", "0.7,0.6")]
         picture = pixels.permute(1, 2, 0).numpy()
-        output.mkdir(parents=True, exist_ok=True)
         head_dim = inputs["q"].shape[-1] // inputs["num_heads"]
-        paths = [output / f"{name}.{suffix}" for name in ("maps", "ranks")]
         figures.save(figures.draw_maps(picture, maps, queries, inputs["size"]), paths[0])
         figures.save(figures.draw_ranks(maps, head_dim), paths[1])
 
