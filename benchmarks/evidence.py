@@ -27,8 +27,7 @@ from flatten_ext.tools.output import write_text
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
 PAGES = (ROOT / "docs" / "evidence.md", ROOT / "docs" / "models.md")
-BENCH = ("stages", "alternatives", "tokens", "roofline", "models")  # suites of `flatten-ext bench`
-END_TO_END = "end-to-end"  # of benchmarks/models.py
+SUITES = ("stages", "alternatives", "tokens", "roofline", "models", "end-to-end")  # of `flatten-ext bench`
 SHOWN = re.compile(r"(<!-- ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 CAPTIONS = {
     "stages": "Speed-ups at the stage shapes",
@@ -44,13 +43,8 @@ CAPTIONS = {
 def measure(suite: str, seconds: float, rounds: int, cpu_time: bool) -> None:
     """Runs a suite in a process of its own and keeps its record."""
     clock = ["--cpu-time"] if cpu_time else []
-    if suite == END_TO_END:
-        options = ["--mode", "both", "--rounds", str(rounds), "--output", str(RECORDS / f"{suite}.json")]
-        command = [sys.executable, str(ROOT / "benchmarks" / "models.py"), *options, *clock]
-        subprocess.run(command, check=True, cwd=ROOT)
-        return
     with tempfile.TemporaryDirectory() as folder:
-        options = ["--suite", suite, "--seconds", str(seconds), "--output", folder]
+        options = ["--suite", suite, "--seconds", str(seconds), "--rounds", str(rounds), "--output", folder]
         command = [sys.executable, "-m", "flatten_ext", "bench", *options, *clock]
         subprocess.run(command, check=True, cwd=ROOT)
         shutil.copy(Path(folder) / f"{suite}.json", RECORDS / f"{suite}.json")
@@ -81,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", choices=(*BENCH, END_TO_END), default=(*BENCH, END_TO_END))
+    parser.add_argument("--only", nargs="+", choices=SUITES, default=SUITES)
     parser.add_argument("--seconds", type=float, default=0.3, help="for each timing (default: 0.3)")
     parser.add_argument("--rounds", type=int, default=9, help="of the models end to end (default: 9)")
     parser.add_argument("--cpu-time", action="store_true", help="one thread, by processor time")

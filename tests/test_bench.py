@@ -22,6 +22,7 @@ from flatten_ext.tools.bench import (
     ablation,
     alternatives,
     charts,
+    end_to_end,
     mixers,
     quality,
     report,
@@ -316,15 +317,14 @@ def test_the_pages_show_the_records(evidence, capsys):
     assert evidence.rendered(shown) == shown
 
 
-def test_models_are_timed_end_to_end(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
-    arguments = ["flatten_pvt_v2_b0", "--batch", "1", "--size", "64", "--rounds", "2", "--cpu-time"]
-    output = ["--output", str(tmp_path / "end-to-end.json")]
-    monkeypatch.setattr("sys.argv", ["models.py", *arguments, *output])
-    with timing.threads(2):  # the script sets them for its process
-        importlib.import_module("models").main()
+def test_models_are_timed_end_to_end(tmp_path):
+    arguments = ["bench", "--suite", "end-to-end", "--quick", "--cpu-time", "--output", str(tmp_path)]
+    with timing.threads(2):  # by processor time one thread is timed
+        result = CliRunner().invoke(build_app(), arguments)
+    assert result.exit_code == 0, result.output
     record = json.loads((tmp_path / "end-to-end.json").read_text())
-    assert record["machine"]["threads"] == 1
+    assert (record["machine"]["threads"], record["clock"]) == (1, "cpu")
+    assert "processor time" in (tmp_path / "end-to-end.md").read_text()
     (table,) = report.tables_of("end-to-end", record)
     assert [row[0] for row in table.rows] == ["flatten_pvt_v2_b0"]
     assert all(float(cell) > 0 for cell in table.rows[0][1:])
@@ -339,19 +339,18 @@ def test_models_are_timed_end_to_end(tmp_path, monkeypatch):
     ],
 )
 def test_the_eager_models_are_the_models(monkeypatch, model, options):
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
-    benchmark, timm = importlib.import_module("models"), importlib.import_module("timm")
+    timm = importlib.import_module("timm")
     torch.manual_seed(0)
     ours = timm.create_model(model, **options).eval()
     for name, parameter in ours.named_parameters():
         if name.endswith((".scale", ".positional_encoding")):
             torch.nn.init.normal_(parameter, std=0.5)
-    eager = benchmark.attending(ours, benchmark.eager_attend)
+    eager = end_to_end.attending(ours, end_to_end.eager_attend)
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(eager(x), ours(x), rtol=1e-4, atol=1e-5)
         called = []
-        monkeypatch.setattr(benchmark, "eager_formula", lambda *a: called.append(1) or a[0])
+        monkeypatch.setattr(end_to_end, "eager_formula", lambda *a: called.append(1) or a[0])
         eager(x)
     assert called
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flatten_ext.tools.bench.shapes import Shape
 
-__all__ = ["Inputs", "eager_attention", "make_inputs"]
+__all__ = ["Inputs", "eager_attention", "eager_formula", "make_inputs"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,38 @@ def make_inputs(shape: Shape, device: torch.device, seed: int = 0) -> Inputs:
     return Inputs(*tensors)
 
 
+def eager_formula(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_heads: int,
+    scale: Tensor,
+    key_bias: Tensor | None,
+    focusing_factor: float = 3.0,
+    eps: float = 1e-6,
+) -> Tensor:
+    """The attention of the public code (its paper's equations 4-6) as eager model code runs it, without DWC.
+
+    Equal to `flatten_ext.reference.attention` on ordinary inputs. That one guards every row against overflow
+    and is slower; timing against it would flatter the kernels.
+    """
+    batch, keys, channels = k.shape
+    if key_bias is not None:
+        k = k + key_bias
+    q = (F.relu(q) + eps) / scale
+    k = (F.relu(k) + eps) / scale
+    q_norm = q.norm(dim=-1, keepdim=True)
+    k_norm = k.norm(dim=-1, keepdim=True)
+    q, k = q**focusing_factor, k**focusing_factor
+    q = q / q.norm(dim=-1, keepdim=True) * q_norm
+    k = k / k.norm(dim=-1, keepdim=True) * k_norm
+    q, k, v = (x.reshape(batch, -1, num_heads, channels // num_heads).transpose(1, 2) for x in (q, k, v))
+    z = 1 / (q @ k.mean(dim=-2, keepdim=True).transpose(-2, -1) + eps)
+    root = 1 / math.sqrt(keys)
+    kv = (k.transpose(-2, -1) * root) @ (v * root)
+    return (q @ kv * z).transpose(1, 2).reshape(batch, -1, channels)
+
+
 def eager_attention(
     q: Tensor,
     k: Tensor,
@@ -78,27 +110,11 @@ def eager_attention(
     focusing_factor: float = 3.0,
     eps: float = 1e-6,
 ) -> Tensor:
-    """The formula as eager model code runs it: the baseline, with the operations of the published modules.
-
-    Equal to `flatten_ext.reference.attention` on ordinary inputs. That one guards every row against overflow
-    and is slower; timing against it would flatter the kernels.
-    """
+    """`eager_formula` and the depthwise branch, as in the published modules: the baseline."""
     batch, tokens, channels = q.shape
     head_dim = channels // num_heads
-    if key_bias is not None:
-        k = k + key_bias
-    q = (F.relu(q) + eps) / scale
-    k = (F.relu(k) + eps) / scale
-    q_norm = q.norm(dim=-1, keepdim=True)
-    k_norm = k.norm(dim=-1, keepdim=True)
-    q, k = q**focusing_factor, k**focusing_factor
-    q = q / q.norm(dim=-1, keepdim=True) * q_norm
-    k = k / k.norm(dim=-1, keepdim=True) * k_norm
-    q, k, v = (x.reshape(batch, tokens, num_heads, head_dim).transpose(1, 2) for x in (q, k, v))
-    z = 1 / (q @ k.mean(dim=-2, keepdim=True).transpose(-2, -1) + eps)
-    root = 1 / math.sqrt(tokens)
-    kv = (k.transpose(-2, -1) * root) @ (v * root)
-    out = (q @ kv * z).transpose(1, 2).reshape(batch, tokens, channels)
-    maps = v.transpose(-2, -1).reshape(batch * num_heads, head_dim, *size)
+    out = eager_formula(q, k, v, num_heads, scale, key_bias, focusing_factor, eps)
+    # The heads' maps as one batch of (head_dim, H, W), as in the published modules.
+    maps = v.reshape(batch, tokens, num_heads, head_dim).permute(0, 2, 3, 1).reshape(-1, head_dim, *size)
     local = F.conv2d(maps, dwc_weight, dwc_bias, padding=dwc_weight.shape[-1] // 2, groups=head_dim)
     return out + local.reshape(batch, channels, tokens).transpose(1, 2)

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from flatten_ext import info
 from flatten_ext.tools.bench import alternatives, models, quality, report, stages, timing
 from flatten_ext.tools.bench.results import Results
 from flatten_ext.tools.bench.shapes import QUICK_STAGES, STAGES, Shape, token_ladder
@@ -32,6 +33,7 @@ class Options:
     seeds: int = 5
     jobs: int = 2
     clock: str = "wall"
+    rounds: int = 9
 
     @property
     def thread_counts(self) -> list[int]:
@@ -139,6 +141,27 @@ def _run_models(options: Options, console: Console) -> None:
     _publish("models", stages.record([], {}, device, options.clock) | {"models": rows}, options, console)
 
 
+def _run_end_to_end(options: Options, console: Console) -> None:
+    from flatten_ext.tools.bench import end_to_end  # needs the models
+
+    batch, size, rounds = (1, 64, 2) if options.quick else (8, 224, options.rounds)
+    names = end_to_end.MODELS[-1:] if options.quick else end_to_end.MODELS
+    modes = (False, True) if options.compiled else (False,)
+    threads, found = max(options.thread_counts), []
+    with timing.threads(threads):
+        machine = info.machine()
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("end to end", total=len(names) * len(modes))
+        for compiled in modes:
+            for name in names:
+                found.append(
+                    end_to_end.in_process(name, compiled, batch, size, rounds, threads, options.clock)
+                )
+                bar.update(task, advance=1, description=f"end to end: {name}, {found[-1]['mode']}")
+    setup = {"machine": machine, "clock": options.clock, "batch": batch, "size": size, "rounds": rounds}
+    _publish("end-to-end", setup | {"results": found}, options, console)
+
+
 def _run_quality(options: Options, console: Console) -> None:
     from flatten_ext.tools.micro.training import Budget
 
@@ -174,6 +197,7 @@ SUITES: dict[str, Callable[[Options, Console], None]] = {
     "tokens": _run_tokens,
     "roofline": _run_roofline,
     "models": _run_models,
+    "end-to-end": _run_end_to_end,
     "quality": _run_quality,
 }
 

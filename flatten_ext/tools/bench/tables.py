@@ -227,7 +227,7 @@ def models_table(results: Results, rows: Sequence[Mapping[str, Any]], gpu: Resul
 
 
 def end_to_end_tables(record: Mapping[str, Any]) -> list[Table]:
-    """Images per second with the op and with the eager formula in its place, of `benchmarks/models.py`."""
+    """Images per second with the op and with the eager formula in its place, of the suite end-to-end."""
     made = []
     threads = record["machine"]["threads"]
     count = "one thread" if threads == 1 else f"{threads} threads"

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -32,6 +33,7 @@ __all__ = [
     "synchronize",
     "threads",
     "use_clock",
+    "visits",
 ]
 
 
@@ -114,7 +116,7 @@ def _calls_in(seconds: float, ms: float) -> int:
     return max(1, round(1e3 * seconds / max(ms, 1e-4)))
 
 
-def in_turn(
+def visits(
     calls: Mapping[str, Callable[[], object]],
     device: torch.device,
     seconds: float = 1.0,
@@ -122,7 +124,7 @@ def in_turn(
     at_least: int = 5,
     give_up_ms: float = 4000,
     prepare: Callable[[str], object] = lambda name: None,
-) -> dict[str, Timing]:
+) -> dict[str, list[float]]:
     """Times every call in rounds of one visit each (see the module).
 
     Args:
@@ -132,6 +134,9 @@ def in_turn(
         rounds, at_least: bounds on the number of rounds.
         give_up_ms: a call whose first run takes longer is timed on that run alone.
         prepare: called with the name before every visit, and not timed.
+
+    Returns:
+        By name the milliseconds of a call in each round.
     """
     if device.type == "cpu":
         settle_allocator()
@@ -156,9 +161,15 @@ def in_turn(
                     calls[name]()
             samples[name].append(_mean(calls[name], device, _calls_in(scale * TIMED_SECONDS, steady[name])))
             steady[name] = min(steady[name], samples[name][-1])
+    return {name: samples.get(name) or [first[name]] for name in calls}
+
+
+def in_turn(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, seconds: float = 1.0, **options: Any
+) -> dict[str, Timing]:
+    """The medians of `visits`, whose arguments it takes, and the quartiles around them."""
     timings = {}
-    for name in calls:
-        times = samples.get(name) or [first[name]]
+    for name, times in visits(calls, device, seconds, **options).items():
         low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
         timings[name] = Timing(statistics.median(times), low, high, len(times))
     return timings

@@ -21,6 +21,7 @@ class Suite(str, enum.Enum):
     tokens = "tokens"
     roofline = "roofline"
     models = "models"
+    end_to_end = "end-to-end"
     quality = "quality"
     all = "all"
 
@@ -35,7 +36,8 @@ def register(app: typer.Typer) -> None:
             typer.Option(
                 help="stages: the op, the eager formula, torch.compile and softmax at the published models' "
                 "shapes; alternatives: other attentions there; tokens: time and memory against tokens; "
-                "roofline; models: images/s end to end; quality: the ablation (hours); all: all but quality."
+                "roofline; models: images/s and FLOPs of our models and timm's; end-to-end: our models with "
+                "the op and with the eager formula; quality: the ablation (hours); all: all but quality."
             ),
         ] = Suite.stages,
         output: Annotated[Path, typer.Option(help="Folder for the JSON, Markdown and SVG.")] = Path(
@@ -60,6 +62,7 @@ def register(app: typer.Typer) -> None:
         ] = False,
         seeds: Annotated[int, typer.Option(min=1, help="quality: seeds of each variant.")] = 5,
         jobs: Annotated[int, typer.Option(min=1, help="quality: trainings side by side.")] = 2,
+        rounds: Annotated[int, typer.Option(min=2, help="end-to-end: rounds of each model.")] = 9,
     ) -> None:
         """Check, then time: focused linear attention beside its alternatives.
 
@@ -79,7 +82,7 @@ def register(app: typer.Typer) -> None:
         find_device(device)
         clock = "cpu" if cpu_time else "wall"
         options = session.Options(
-            output, quick, compiled and not quick, seconds, threads, device, seeds, jobs, clock
+            output, quick, compiled and not quick, seconds, threads, device, seeds, jobs, clock, rounds
         )
         try:
             session.run(suite.value, options, Console())
