@@ -16,7 +16,7 @@ import torch
 
 from . import _load
 
-__all__ = ["installation", "machine", "render"]
+__all__ = ["installation", "machine", "problem", "render"]
 
 ENVIRONMENT = ("FLATTEN_", "OMP_", "MKL_", "KMP_", "PYTORCH_", "TORCH_", "CUDA_", "TORCHINDUCTOR_")
 OPTIONAL = (
@@ -53,7 +53,18 @@ def _isa_in_use() -> str:
     try:
         return _load.cpu_isa()
     except RuntimeError as error:  # FLATTEN_CPU_ISA names a set that this machine cannot run
-        return str(error)
+        return f"none ({error})"
+
+
+def problem() -> str | None:
+    """Why no operator can run on the CPU, or None: what a small call says, of a bad FLATTEN_CPU_ISA or
+    FLATTEN_CPU_STREAM_FROM for example."""
+    q, k, v = torch.ones(3, 1, 4, 16)  # rows of whole cache lines
+    try:
+        torch.ops.flatten.attention(q, k, v, 1)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return None
 
 
 def _version(package: str) -> str | None:
@@ -88,7 +99,9 @@ def installation() -> dict[str, Any]:
     environment = {name: os.environ[name] for name in sorted(os.environ) if name.startswith(ENVIRONMENT)}
     libraries = sorted(str(path) for path in _load.LIBRARIES.glob("libflatten*"))
     cuda_reason = _load.cuda_unavailable_reason
+    broken = problem()
     return {
+        **({"PROBLEM": broken} if broken else {}),
         "flatten_ext": f"{build['version']} in {Path(__file__).parent}",
         "python": f"{platform.python_version()} ({sys.executable})",
         "platform": platform.platform(),

@@ -56,11 +56,20 @@ def test_info_names_what_a_bug_report_needs():
     assert list(facts) == list(info.installation())
 
 
-def test_info_shows_settings_and_a_bad_one(monkeypatch):
-    monkeypatch.setenv("FLATTEN_CPU_ISA", "abacus")
-    text = run("info").stdout
-    assert "FLATTEN_CPU_ISA=abacus" in text
-    assert "abacus" in text.split("instruction set")[1].splitlines()[0]
+@pytest.mark.parametrize("form", [[], ["--json"]])
+@pytest.mark.parametrize("variable", ["FLATTEN_CPU_ISA", "FLATTEN_CPU_STREAM_FROM"])
+def test_info_shows_settings_and_a_bad_one(variable, form, monkeypatch):
+    """No operator can run then: status 1, and why in the first line and the last."""
+    monkeypatch.setenv(variable, "abacus")
+    if variable == "FLATTEN_CPU_STREAM_FROM" and info.machine()["cpu_isa"] != "avx512":
+        pytest.skip("read by kernels that fill lines of the caches")
+    done = run("info", *form, expect=1)
+    assert f"{variable}=abacus" in done.stdout
+    assert "PROBLEM" in done.stdout
+    if variable == "FLATTEN_CPU_ISA" and not form:
+        assert "abacus" in done.stdout.split("instruction set")[1].splitlines()[0]
+    assert done.stderr.startswith(f'flatten-ext: flatten: {variable} is "abacus", expected')
+    assert done.stderr.count("\n") == 1
 
 
 def test_info_needs_torch_alone():

@@ -67,10 +67,15 @@ def _group() -> type[typer.core.TyperGroup]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command line (default: this process's) and exits; status 1 where an extra is missing."""
+    """Runs a command line (default: this process's) and exits.
+
+    Status 1 where an extra is missing, or `info` finds that no operator can run.
+    """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments == ["info"]:  # plain text and no dependency: it must work where nothing else does
         print(info.render(info.installation()))
+        if broken := info.problem():
+            sys.exit(f"flatten-ext: {broken}")
         return
     try:
         build_app()(arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Annotated
 
 import typer
@@ -20,3 +21,5 @@ def register(app: typer.Typer) -> None:
         """Show versions, libraries, instruction sets and settings: the block for a bug report."""
         facts = info.installation()
         print(json.dumps(facts, indent=1) if as_json else info.render(facts))
+        if broken := info.problem():
+            sys.exit(f"flatten-ext: {broken}")
