@@ -1,7 +1,7 @@
 // The argument checks as operators of their own, on any device: the plain-torch fallback calls them first.
 #include <torch/csrc/stable/library.h>
 
-#include "attention_args.h"
+#include "arguments.h"
 
 namespace flatten {
 namespace {

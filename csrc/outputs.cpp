@@ -7,12 +7,12 @@
 #include <string>
 
 #include "cpu/large_pages.h"
+#include "dtypes.h"
 #include "torch_errors.h"
 
 namespace flatten {
 namespace {
 
-using torch::headeronly::ScalarType;
 using Sizes = std::vector<std::int64_t>;
 
 /// Allocates the requested gradients one after the other.
@@ -57,19 +57,6 @@ class Gradients {
 };
 
 }  // namespace
-
-ScalarType scalar_type(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::kFloat64:
-      return ScalarType::Double;
-    case Dtype::kFloat32:
-      return ScalarType::Float;
-    case Dtype::kBFloat16:
-      return ScalarType::BFloat16;
-    default:
-      return ScalarType::Half;
-  }
-}
 
 Tensor empty_on_device_of(const Tensor& like, const Sizes& sizes, Dtype dtype) {
   // The C shim itself: half the cost of a call through the dispatcher.

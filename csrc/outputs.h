@@ -1,11 +1,9 @@
 // The tensors a call returns, and params.h pointing at them; for all devices.
 #pragma once
 
-#include "attention_args.h"
+#include "arguments.h"
 
 namespace flatten {
-
-torch::headeronly::ScalarType scalar_type(Dtype dtype);
 
 /// Whether a call has no output element, so that no kernel runs.
 inline bool is_empty(const Geometry& g) { return g.batch == 0 || g.queries == 0; }

@@ -14,7 +14,8 @@
 #include <string>
 #include <vector>
 
-#include "attention_args.h"
+#include "arguments.h"
+#include "dtypes.h"
 #include "show.h"
 #include "torch_errors.h"
 
@@ -29,7 +30,7 @@ Numbers values_of(const Tensor& measured) {
       measured.device().type() == torch::headeronly::DeviceType::CPU
           ? torch::stable::contiguous(measured)
           : torch::stable::to(measured, torch::stable::Device(torch::headeronly::DeviceType::CPU));
-  if (host.scalar_type() != torch::headeronly::ScalarType::Long)
+  if (scalar_type_of(host) != ScalarType::Long)
     throw std::runtime_error("flatten: measured has dtype other than int64");
   const auto* data = static_cast<const std::int64_t*>(host.const_data_ptr());
   return {data, data + host.numel()};

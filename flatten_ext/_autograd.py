@@ -57,6 +57,13 @@ class Family:
     forward: Callable  # (keys, tensors, options, saved_windows) -> out, state or None; see _forward_by
     backward: Callable  # (grad_out, tensors, options, state, mask) -> the gradients in mask
     reference: Callable  # (tensors, options) -> out, differentiable in any mode
+    check: Callable  # (tensors, options, what a backward gets besides) -> None; raises what the kernels would
+
+    def checked_reference(self, tensors: Sequence[Any], options: tuple) -> Tensor:
+        """The reference, after the checks that the kernels make."""
+        with _below_autograd():
+            self.check(tensors, options)
+        return self.reference(tensors, options)
 
 
 def attention_arguments(tensors: Sequence[Any], options: tuple) -> tuple[Any, ...]:
@@ -74,6 +81,8 @@ def _saved_windows(q: Tensor, k: Tensor, num_heads: int, window: Sequence[int] |
     """How many windows' S and m are kept for the backward: what the budget allows, but none of windows with
     fewer keys than a head has channels, whose S is larger than what it is made from. On CUDA all or none.
     Formed without asking which is larger, so that dynamic shapes stay dynamic."""
+    if q is None or k is None:
+        return 0  # attention_forward will say which
     q_shape, k_shape, size = q.shape, k.shape, q.element_size()
     if len(q_shape) != 3 or len(k_shape) != 3 or not 1 <= num_heads <= q_shape[2]:
         return 0  # attention_forward will say what is wrong
@@ -112,6 +121,9 @@ ATTENTION = Family(
         grad_out, *attention_arguments(tensors, options), state, mask
     ),
     reference=_attention_reference,
+    check=lambda tensors, options, *besides: _ops.check_attention.default(
+        *attention_arguments(tensors, options), *besides
+    ),
 )
 
 CONV = Family(
@@ -123,6 +135,7 @@ CONV = Family(
         grad_out, *tensors, *options, mask
     ),
     reference=lambda tensors, options: reference.depthwise_conv(*tensors, *options),
+    check=lambda tensors, options, *besides: _ops.check_depthwise_conv.default(*tensors, *options, *besides),
 )
 
 
@@ -245,7 +258,7 @@ def _attention_autograd(
     tensors = (q, k, v, scale, key_bias, dwc_weight, dwc_bias)
     options = (num_heads, size, window, shift, focusing_factor, eps)
     if _in_forward_mode():
-        return _attention_reference(tensors, options)
+        return ATTENTION.checked_reference(tensors, options)
     if _records(*tensors):
         saved = _saved_windows(q, k, num_heads, window)
         return _apply(_Forward, keyset, ATTENTION, options, saved, *tensors)[0]
@@ -261,7 +274,7 @@ def _linear_attention_autograd(
     tensors = (q, k, v, None, None, dwc_weight, dwc_bias)
     options = (num_heads, size, window, shift, None, eps)
     if _in_forward_mode():
-        return _attention_reference(tensors, options)
+        return ATTENTION.checked_reference(tensors, options)
     if _records(*tensors):
         saved = _saved_windows(q, k, num_heads, window)
         return _apply(_Forward, keyset, ATTENTION, options, saved, *tensors)[0]
@@ -273,7 +286,7 @@ def _linear_attention_autograd(
 def _conv_autograd(keyset, x, weight, bias, size, window=None, shift=None):
     tensors, options = (x, weight, bias), (size, window, shift)
     if _in_forward_mode():
-        return CONV.reference(tensors, options)
+        return CONV.checked_reference(tensors, options)
     if _records(*tensors):
         return _apply(_Forward, keyset, CONV, options, 0, *tensors)[0]
     return _depthwise_conv.redispatch_boxed(keyset & _after_autograd, x, weight, bias, size, window, shift)

@@ -1,5 +1,6 @@
 """torch's other hooks for torch.ops.flatten, in the order a call meets them; autograd is in _autograd.py.
 
+nested        refuses nested tensors by the argument's name
 jit tracing   records a twin of the operator, with plain ints in place of sizes that the trace follows
 autocast      casts q, k, v to the active autocast dtype and leaves the parameters alone
 vmap          folds the mapped dimension into the batch, or maps sample by sample
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nested._internal.nested_tensor import NestedTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
@@ -25,6 +27,43 @@ from ._autograd import ATTENTION, CONV, attention_arguments, reference_gradients
 
 _ops = torch.ops.flatten
 _library = torch.library.Library("flatten", "IMPL")
+
+
+OPERATORS = (
+    "attention",
+    "linear_attention",
+    "depthwise_conv",
+    "attention_forward",
+    "attention_backward",
+    "depthwise_conv_backward",
+)
+
+
+# ----------------------------------------------------------------------------------------------------- nested
+def _register_nested(name: str) -> None:
+    """Nested tensors come by keys of their own, or as a subclass: calls without one never ask."""
+    names = [argument.name for argument in getattr(_ops, name).default._schema.arguments]
+
+    def refuse(*args, **kwargs):
+        given = dict(zip(names, args, strict=False)) | kwargs
+        nested = next(n for n, value in given.items() if isinstance(value, Tensor) and value.is_nested)
+        raise RuntimeError(
+            f"flatten.{name}: {nested} is a nested tensor, expected a dense strided tensor; "
+            "call the operator for each of its tensors (unbind())"
+        )
+
+    for key in ("AutogradNestedTensor", "NestedTensorCPU", "NestedTensorCUDA"):
+        _library.impl(name, refuse, key)
+    torch.library.register_torch_dispatch(
+        f"flatten::{name}",
+        NestedTensor,
+        lambda _, func, types, args, kwargs: refuse(*args, **kwargs),
+        lib=_library,
+    )
+
+
+for _name in OPERATORS:
+    _register_nested(_name)
 
 
 # ------------------------------------------------------------------------------------------------ jit tracing
@@ -41,7 +80,9 @@ def _register_tracing(name: str, tokens: str) -> None:
         given = dict(
             zip(arguments, args, strict=False)
         )  # what the caller left out at the end is not among args
-        measured = [given[tokens].shape[1]] if given.get("size") is not None else []
+        measured = []
+        if given.get("size") is not None and given[tokens] is not None and given[tokens].dim() > 1:
+            measured.append(given[tokens].shape[1])
         measured += [n for n in _numbers_as_typed(op, numbers) if isinstance(n, Tensor)]
         values = (
             torch.stack([torch.as_tensor(n) for n in measured])
@@ -92,7 +133,10 @@ def _register_autocast(name: str, tokens: int, device: str, key: str) -> None:
 
 def _autocast_to(t: Tensor, dtype: torch.dtype) -> Tensor:
     # As torch's own rules: float64 and what is no floating-point number stay.
-    return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+    # What is no dense tensor stays too: the operator says so.
+    if t is None or t.layout != torch.strided or t.dtype == torch.float64 or not t.is_floating_point():
+        return t
+    return t.to(dtype)
 
 
 for _device, _key in {

@@ -57,7 +57,8 @@ def attention(
             M - H*W leading tokens (class, registers) attend but are not convolved; none with windows.
         window: (wh, ww) dividing (H, W): attend and convolve inside each window; tokens stay in raster order.
         shift: (sh, sw) smaller than the window: the window grid lies on the map rolled by (-sh, -sw).
-        focusing_factor: p of phi, at least 1; the paper uses 3.
+        focusing_factor: p of phi, at least 1; the paper uses 3. Like eps a number that float32 holds (float64 with
+            float64 tokens).
         eps: added to the features and to the normaliser, at least 0.
 
     Returns:

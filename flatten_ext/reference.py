@@ -54,12 +54,14 @@ def focus(x: Tensor, scale: Tensor | None = None, focusing_factor: float = 3.0, 
     y = x.relu() + eps
     if scale is not None:
         y = y / scale
+    if focusing_factor == 1:
+        return y
     # The largest entry only rescales the row and cancels, so its own gradient is nil. A row of zeros
-    # (eps = 0) stays zero, with zero gradient.
+    # (eps = 0) stays zero, with zero gradient; a row with NaN is no such row and stays NaN.
     largest = y.detach().amax(-1, keepdim=True)
-    alive = largest > 0
+    alive = ~(largest <= 0)
     y = torch.where(alive, y / torch.where(alive, largest, 1.0), 1.0)
-    power = y if focusing_factor == 1 else y**focusing_factor
+    power = y**focusing_factor
     phi = power * (y.square().sum(-1, keepdim=True).sqrt() / power.square().sum(-1, keepdim=True).sqrt())
     return torch.where(alive, phi * largest, 0.0)
 

@@ -1,7 +1,7 @@
 """Random arguments, several broken at once: a call succeeds exactly if the contract allows it, else it names
 an argument that is at fault. Arguments that nobody broke give what the reference gives.
 
-The contract is stated a second time below, in Python, independently of csrc/attention_args.cpp.
+The contract is stated a second time below, in Python, independently of csrc/arguments.cpp.
 """
 
 from __future__ import annotations
@@ -19,7 +19,23 @@ from flatten_ext import reference
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DTYPES = (*FLOATS, torch.int32, torch.complex64)
 NUMBERS = (-(2**63), -1, 0, 1, 2, 3, 4, 5, 6, 8, 12, 2**31, 2**62, 2**63 - 1)
-REALS = (math.nan, math.inf, -math.inf, -1.0, 0.0, 0.5, 1.0, 1.5, 4.0, 1e300)
+REALS = (
+    math.nan,
+    math.inf,
+    -math.inf,
+    -1.0,
+    0.0,
+    0.5,
+    1.0,
+    1.5,
+    4.0,
+    1e300,
+    1e39,
+    3e38,
+    2e-38,
+    1e-38,
+    1e-320,
+)
 
 
 # --- the contract
@@ -77,10 +93,10 @@ def attention_faults(a: dict[str, Any]) -> set[str]:
         faults.add("dwc_weight")
     widths = {channels, channels // a["num_heads"]}
     faults |= taps_faults(("dwc_weight", "dwc_bias"), a["dwc_weight"], a["dwc_bias"], widths, q)
-    if not (math.isfinite(a["eps"]) and a["eps"] >= 0):
+    if not (a["eps"] == 0 or is_held(a["eps"], q)):
         faults.add("eps")
     if "focusing_factor" in a:
-        if not (math.isfinite(a["focusing_factor"]) and a["focusing_factor"] >= 1):
+        if not (a["focusing_factor"] >= 1 and is_held(a["focusing_factor"], q)):
             faults.add("focusing_factor")
         scale, key_bias = a["scale"], a["key_bias"]
         if scale is not None and not (is_parameter(scale, (channels,), q) and divides(scale)):
@@ -91,8 +107,16 @@ def attention_faults(a: dict[str, Any]) -> set[str]:
     return faults
 
 
+def is_held(value: float, q: torch.Tensor) -> bool:
+    """By the numbers that the call is computed in, and not as a subnormal one."""
+    limits = torch.finfo(q.dtype if q.dtype == torch.float64 else torch.float32)
+    return limits.tiny <= value <= limits.max
+
+
 def divides(scale: torch.Tensor) -> bool:
-    return bool((scale.isfinite() & (scale > 0)).all())
+    """As a normal number that has a normal reciprocal."""
+    least = torch.finfo(torch.float64 if scale.dtype == torch.float64 else torch.float32).tiny
+    return bool(((scale.double() >= least) & (scale.double() <= 1 / least)).all())
 
 
 def conv_faults(a: dict[str, Any]) -> set[str]:
@@ -150,7 +174,10 @@ def worse_tensor(rng: random.Random, t: torch.Tensor) -> torch.Tensor:
         return torch.empty(0, dtype=t.dtype)
     t = t.clone()
     if t.numel():
-        t.view(-1)[rng.randrange(t.numel())] = rng.choice([0.0, -1.0, 3.0])
+        bad = rng.choice([0.0, -1.0, 3.0, 1e-39, 9e37])  # the last two: where the dtype holds them
+        t.view(-1)[rng.randrange(t.numel())] = (
+            bad if abs(bad) < torch.finfo(torch.float16).max else t.new_tensor(bad)
+        )
     return t
 
 

@@ -8,7 +8,8 @@
 #include <tuple>
 #include <utility>
 
-#include "../attention_args.h"
+#include "../arguments.h"
+#include "../dtypes.h"
 #include "../outputs.h"
 #include "../torch_errors.h"
 #include "kernels.h"
@@ -24,16 +25,32 @@ Parallel torch_threads() {
           }};
 }
 
-/// The first entry that is not finite and positive, or -1. In every IEEE format those are the bit patterns
-/// between 0 and infinity, both excluded.
-template <class Bits>
-std::int64_t find_bad_divisor(const void* data, std::int64_t count, Bits infinity) {
-  const Bits* bits = static_cast<const Bits*>(data);
-  for (std::int64_t i = 0; i < count; ++i) {
-    if (bits[i] == 0 || bits[i] >= infinity) return i;
-  }
-  return -1;
-}
+/// The bit patterns between which a divisor and its reciprocal are normal numbers of the dtype that the
+/// kernels accumulate in: from 2^-126 to 2^126, and for float64 from 2^-1022 to 2^1022. A float16 number
+/// above 0 is. Positive IEEE numbers are ordered as their bits are.
+template <Dtype kDtype>
+struct Divisors;
+template <>
+struct Divisors<Dtype::kFloat64> {
+  using Bits = std::uint64_t;
+  static constexpr Bits kLeast = 0x0010000000000000, kMost = 0x7fd0000000000000,
+                        kInfinity = 0x7ff0000000000000;
+};
+template <>
+struct Divisors<Dtype::kFloat32> {
+  using Bits = std::uint32_t;
+  static constexpr Bits kLeast = 0x00800000, kMost = 0x7e800000, kInfinity = 0x7f800000;
+};
+template <>
+struct Divisors<Dtype::kBFloat16> {
+  using Bits = std::uint16_t;
+  static constexpr Bits kLeast = 0x0080, kMost = 0x7e80, kInfinity = 0x7f80;
+};
+template <>
+struct Divisors<Dtype::kFloat16> {
+  using Bits = std::uint16_t;
+  static constexpr Bits kLeast = 0x0001, kMost = 0x7bff, kInfinity = 0x7c00;
+};
 
 /// On the CPU the values of `scale` are at hand, so a divisor that is none is found before anything is
 /// computed.
@@ -41,25 +58,19 @@ void check_scale_values(const AttentionInputs& in) {
   const Parameter& scale = in.mapping.scale;
   if (!scale) return;
   const std::int64_t channels = in.geometry.channels();
-  std::int64_t bad = -1;
-  switch (scale.dtype) {
-    case Dtype::kFloat64:
-      bad = find_bad_divisor<std::uint64_t>(scale.data, channels, 0x7ff0000000000000);
-      break;
-    case Dtype::kFloat32:
-      bad = find_bad_divisor<std::uint32_t>(scale.data, channels, 0x7f800000);
-      break;
-    case Dtype::kBFloat16:
-      bad = find_bad_divisor<std::uint16_t>(scale.data, channels, 0x7f80);
-      break;
-    case Dtype::kFloat16:
-      bad = find_bad_divisor<std::uint16_t>(scale.data, channels, 0x7c00);
-      break;
-  }
-  if (bad >= 0) {
-    throw std::runtime_error("flatten.attention: scale[" + std::to_string(bad) +
-                             "] is zero, negative, infinite or NaN, expected finite positive numbers");
-  }
+  with_dtype(scale.dtype, [&](auto dtype) {
+    using D = Divisors<dtype()>;
+    const auto* bits = static_cast<const typename D::Bits*>(scale.data);
+    for (std::int64_t i = 0; i < channels; ++i) {
+      if (bits[i] >= D::kLeast && bits[i] <= D::kMost) continue;
+      const bool positive = bits[i] > 0 && bits[i] < D::kInfinity;
+      throw std::runtime_error("flatten.attention: scale[" + std::to_string(i) + "] is " +
+                               (positive
+                                    ? "below 2^-126 or above 2^126 (float64: 2^-1022, 2^1022), expected a "
+                                      "number that has a reciprocal"
+                                    : "zero, negative, infinite or NaN, expected finite positive numbers"));
+    }
+  });
 }
 
 /// Runs the forward. A `state` that is not null becomes S and m of as many windows as asked for.

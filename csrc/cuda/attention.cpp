@@ -9,7 +9,7 @@
 #include <tuple>
 #include <utility>
 
-#include "../attention_args.h"
+#include "../arguments.h"
 #include "../outputs.h"
 #include "../torch_errors.h"
 #include "launch.h"

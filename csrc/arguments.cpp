@@ -1,4 +1,4 @@
-#include "attention_args.h"
+#include "arguments.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -7,14 +7,13 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "outputs.h"
+#include "dtypes.h"
 #include "show.h"
 
 namespace flatten {
 namespace {
 
 using torch::headeronly::DeviceType;
-using torch::headeronly::ScalarType;
 using Sizes = std::vector<std::int64_t>;
 using SizesRef = torch::headeronly::IntHeaderOnlyArrayRef;
 
@@ -34,8 +33,8 @@ struct Checker {
   }
 
   void dtype(const char* name, const Tensor& t, const Tensor& q) const {
-    expect(t.scalar_type() == q.scalar_type(), name, " has dtype ", show(t.scalar_type()), ", expected ",
-           input, "'s ", show(q.scalar_type()));
+    expect(scalar_type_of(t) == scalar_type_of(q), name, " has dtype ", show(scalar_type_of(t)),
+           ", expected ", input, "'s ", show(scalar_type_of(q)));
   }
 
   void device(const char* name, const Tensor& t, const Tensor& q) const {
@@ -46,23 +45,14 @@ struct Checker {
 
   /// (batch, tokens, channels) tokens in a dtype the kernels have.
   Dtype tokens(const char* name, const Tensor& t) const {
+    expect(t.defined(), name, " is None, expected a tensor of (batch, tokens, channels)");
     expect(t.layout() == torch::headeronly::Layout::Strided, name, " is not a dense strided tensor");
     expect(t.dim() == 3, name, " has shape ", show(t.sizes()),
            ", expected 3 dimensions (batch, tokens, channels)");
-    switch (t.scalar_type()) {
-      case ScalarType::Double:
-        return Dtype::kFloat64;
-      case ScalarType::Float:
-        return Dtype::kFloat32;
-      case ScalarType::BFloat16:
-        return Dtype::kBFloat16;
-      case ScalarType::Half:
-        return Dtype::kFloat16;
-      default:
-        expect(false, name, " has dtype ", show(t.scalar_type()),
-               ", expected float32, float16, bfloat16 or float64");
-    }
-    return Dtype::kFloat32;  // not reached
+    const std::optional<Dtype> dtype = dtype_of(scalar_type_of(t));
+    expect(dtype.has_value(), name, " has dtype ", show(scalar_type_of(t)),
+           ", expected float32, float16, bfloat16 or float64");
+    return *dtype;
   }
 
   /// A parameter of one given shape, fp32 or in q's dtype, on q's device; contiguous after the call.
@@ -73,9 +63,10 @@ struct Checker {
 
   Parameter parameter_of_any_shape(const char* name, Tensor& t, const Tensor& q, Dtype dtype) const {
     device(name, t, q);
-    const bool own = t.scalar_type() == q.scalar_type();
-    const bool widened = t.scalar_type() == ScalarType::Float && dtype != Dtype::kFloat64;
-    expect(own || widened, name, " has dtype ", show(t.scalar_type()), ", expected ", show(q.scalar_type()),
+    const ScalarType type = scalar_type_of(t), q_type = scalar_type(dtype);
+    const bool own = type == q_type;
+    const bool widened = type == ScalarType::Float && dtype != Dtype::kFloat64;
+    expect(own || widened, name, " has dtype ", show(type), ", expected ", show(q_type),
            dtype == Dtype::kFloat64 || dtype == Dtype::kFloat32 ? "" : " or float32");
     if (!t.is_contiguous()) t = torch::stable::contiguous(t);
     return {data(name, t), own ? dtype : Dtype::kFloat32};
@@ -93,6 +84,16 @@ struct Checker {
   Tokens readable(const char* name, Tensor& t) const {
     if (t.stride(2) != 1 && t.size(2) != 1) t = torch::stable::contiguous(t);
     return {data(name, t), t.stride(0), t.stride(1)};
+  }
+
+  /// A number the kernels compute with: in float32, or in float64 for float64 tokens.
+  void held(const char* name, double value, Dtype dtype) const {
+    const bool wide = accumulate_dtype(dtype) == Dtype::kFloat64;
+    const double least = wide ? std::numeric_limits<double>::min() : std::numeric_limits<float>::min();
+    const double most = wide ? std::numeric_limits<double>::max() : std::numeric_limits<float>::max();
+    expect(value == 0 || (value >= least && value <= most), name, " is ", value, ", expected a number of ",
+           show(scalar_type(accumulate_dtype(dtype))), ", in which the call is computed: 0 or from ", least,
+           " to ", most);
   }
 
   /// Two positive numbers, or two non-negative ones.
@@ -210,11 +211,13 @@ void check(AttentionArgs& args, AttentionInputs& in) {
                        args.q, in.dtype);
   check.expect(std::isfinite(args.eps) && args.eps >= 0, "eps is ", args.eps,
                ", expected a finite number >= 0");
+  check.held("eps", args.eps, in.dtype);
   in.eps = args.eps;
   in.mapping.focused = focused;
   if (focused) {
     check.expect(std::isfinite(*args.focusing_factor) && *args.focusing_factor >= 1, "focusing_factor is ",
                  *args.focusing_factor, ", expected a finite number >= 1");
+    check.held("focusing_factor", *args.focusing_factor, in.dtype);
     in.mapping.focusing_factor = *args.focusing_factor;
     if (args.scale) in.mapping.scale = check.parameter("scale", *args.scale, {channels}, args.q, in.dtype);
     if (args.key_bias) {
@@ -240,6 +243,8 @@ void check(ConvArgs& args, ConvInputs& in) {
   const std::int64_t channels = args.x.size(2);
   check.expect(channels >= 1 && g.keys >= 1, "x has shape ", show(args.x.sizes()),
                ", expected at least one token and one channel");
+  check.expect(args.weight->defined(), "weight is None, expected (D, 1, kh, kw) with D dividing the ",
+               channels, " channels of x");
   check.expect(args.weight->dim() == 4 && args.weight->size(0) >= 1 && channels % args.weight->size(0) == 0,
                "weight has shape ", show(args.weight->sizes()),
                ", expected (D, 1, kh, kw) with D dividing the ", channels, " channels of x");
@@ -273,6 +278,7 @@ void check_saved_windows(std::int64_t count, const Tensor& q, const Geometry& g)
 
 SavedState check_state(const Tensor& state, const Tensor& q, const AttentionInputs& inputs) {
   const Checker check{"attention_backward"};
+  check.expect(state.defined(), "state is None, expected what attention_forward returned");
   check.device("state", state, q);
   if (state.numel() == 0) return {nullptr, 0};
   const Geometry& g = inputs.geometry;
@@ -281,8 +287,8 @@ SavedState check_state(const Tensor& state, const Tensor& q, const AttentionInpu
   const bool may_be_part = q.device().type() != DeviceType::CUDA;
   check.expect(state.numel() == windows * each && windows <= all && (may_be_part || windows == all) &&
                    state.is_contiguous() &&
-                   state.scalar_type() == scalar_type(accumulate_dtype(inputs.dtype)),
-               "state has ", state.numel(), " elements of ", show(state.scalar_type()),
+                   scalar_type_of(state) == scalar_type(accumulate_dtype(inputs.dtype)),
+               "state has ", state.numel(), " elements of ", show(scalar_type_of(state)),
                ", expected what attention_forward returned: contiguous, ", each, " for each of ",
                may_be_part ? "at most " : "", all, " windows");
   return {check.data("state", state), windows};
