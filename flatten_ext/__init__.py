@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .check import self_check as self_check
     from .models import load_official as load_official
     from .models.convert import convert as convert
+    from .rotary import rotary_table as rotary_table
 
 __version__: str = _load.build_info()["version"]
 
@@ -39,6 +40,7 @@ __all__ = [
     "attention_map",
     "depthwise_conv",
     "linear_attention",
+    "rotary_table",
     "self_check",
 ]
 # `from flatten_ext import *` asks for every name: it must work where there is torch alone.

@@ -82,7 +82,19 @@ def test_a_key_dropped_from_one_head(operators, feature_map):
 
 
 @every_implementation
-@pytest.mark.parametrize("feature_map", ["elu", "relu", "none"])
+def test_the_focused_map_mixes_the_heads(operators):
+    """phi's norms run over all channels: NaN in a head that dropped the key reaches a head that keeps it."""
+    arguments = General(feature_map="focused", key_weight="heads").arguments()
+    arguments["key_weight"][0, 3, 1] = 0
+    arguments["k"][0, 3, 5] = math.nan
+    out = operators.attention(**arguments)
+    assert out[0, :, :4].isnan().all()
+    assert torch.isfinite(out[0, :, 4:]).all()
+    assert torch.isfinite(out[1]).all()
+
+
+@every_implementation
+@pytest.mark.parametrize("feature_map", ["focused", "elu", "relu", "none"])
 @pytest.mark.parametrize("place", ["q", "k", "v"])
 def test_nan_in_a_key_that_counts_is_handed_on(operators, place, feature_map):
     arguments = General(feature_map=feature_map, key_weight="keys").arguments()

@@ -1,0 +1,53 @@
+"""docs/general.md: its table tells the errors that are measured here, and its examples run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import test_restated
+import torch
+from published import CORES, errors
+
+from flatten_ext import reference
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "general.md").read_text()
+NUMBER = r"(\d\.\de-\d\d)"
+ROWS = {
+    row["method"]: row
+    for row in re.finditer(
+        rf"^\| (?P<method>[\w -]+) \| .* \| (?P<with>recorded, (?P<cases>\d) cases?|restated) "
+        rf"\| (?P<out>{NUMBER}) \| (?P<grad>{NUMBER}) \|$",
+        DOCUMENT,
+        re.MULTILINE,
+    )
+}
+
+
+def test_the_table_has_every_method():
+    assert list(ROWS) == [*CORES, *test_restated.METHODS]
+    for method, core in CORES.items():
+        assert int(ROWS[method]["cases"]) == len(core.cases)
+
+
+@pytest.mark.parametrize("method", [*CORES, *test_restated.METHODS])
+def test_the_errors_are_those_measured(method):
+    """Rounding differs between machines: within ten times what is written."""
+    if method in CORES:
+        measured = [errors(reference, method, case) for case in CORES[method].cases]
+        out = max(of_case.pop("result") for of_case in measured)
+        gradients = max(max(of_case.values()) for of_case in measured)
+    else:
+        out, gradients = test_restated.errors(reference, method)
+    assert out <= 10 * float(ROWS[method]["out"])
+    assert gradients <= 10 * float(ROWS[method]["grad"])
+
+
+def test_the_examples_run():
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL):
+        exec(block, names)
+    q, k, v = (names[name] for name in "qkv")
+    torch.testing.assert_close(names["out"], reference.attention(q, k, v, 2, feature_map="elu"))
+    assert names["inside"].unflatten(0, (8, 8)).sum(1).tolist() == [6] * 5 + [0] * 3
