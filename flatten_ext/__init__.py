@@ -16,6 +16,7 @@ from .nn import FocusedLinearAttention
 from .ops import attention, depthwise_conv, linear_attention
 
 if TYPE_CHECKING:
+    from ._decompositions import decompositions as decompositions
     from .analysis import attention_map as attention_map
     from .check import self_check as self_check
     from .models import load_official as load_official
@@ -28,6 +29,7 @@ __version__: str = _load.build_info()["version"]
 _LAZY = {
     "attention_map": "analysis",
     "convert": "models.convert",
+    "decompositions": "_decompositions",
     "load_official": "models",
     "rotary_table": "rotary",
     "self_check": "check",
@@ -38,6 +40,7 @@ __all__ = [
     "__version__",
     "attention",
     "attention_map",
+    "decompositions",
     "depthwise_conv",
     "linear_attention",
     "rotary_table",
