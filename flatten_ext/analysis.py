@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._focused import FocusedAttention
 from .reference import focus
 
 __all__ = [
     "AttentionMap",
     "attention_map",
     "depthwise_matrix",
+    "read_matrices",
     "record_attention",
     "sharpness",
     "softmax_map",
@@ -86,6 +88,26 @@ def attention_map(
     return AttentionMap(attention, attention + F.pad(band, (prefix, 0, prefix, 0)))
 
 
+def read_matrices(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, channels: slice = slice(None)
+) -> Tensor:
+    """What any attention does to its values, read off by applying it to unit values, one token at a time.
+
+    Args:
+        attend: (q, k, v), each (B, N, C), -> (B, N, C); linear in v, but for a constant.
+        q, k: (1, N, C).
+        channels: which ones to look at.
+
+    Returns:
+        (channels, N, N): each channel's matrix; row i holds the weights of all tokens in token i.
+    """
+    tokens = q.shape[1]
+    q, k = q.expand(tokens + 1, -1, -1), k.expand(tokens + 1, -1, -1)
+    units = torch.eye(tokens, dtype=q.dtype, device=q.device)[:, :, None].expand(-1, -1, q.shape[-1])
+    out = attend(q, k, torch.cat((units, torch.zeros_like(units[:1]))))
+    return (out[:-1] - out[-1:])[:, :, channels].permute(2, 1, 0)
+
+
 def depthwise_matrix(kernel: Tensor, size: Sequence[int]) -> Tensor:
     """The (H*W, H*W) matrix of a zero-padded convolution with one (kh, kw) kernel."""
     height, width = size
@@ -120,10 +142,9 @@ def record_attention(model: nn.Module) -> Any:
     """Within the context, `model` leaves the inputs of its focused attentions in the dict that is yielded.
 
     The key is the attention's name in the model, the value a dict of `attention_map` arguments. Attentions
-    in windows, or over reduced keys, which are no single N x N matrix, are left out.
+    in windows, or over reduced keys, which are no single N x N matrix, are left out, and those whose
+    depthwise layer is more than its weights (see flatten_ext._layers).
     """
-    from .models import FocusedAttention
-
     recorded: dict[str, dict[str, Any]] = {}
     attentions: list[tuple[str, Any]] = [
         (name, m) for name, m in model.named_modules() if isinstance(m, FocusedAttention)
@@ -131,14 +152,16 @@ def record_attention(model: nn.Module) -> Any:
 
     def recorder(name: str, module: FocusedAttention) -> Any:
         def attend(q: Tensor, k: Tensor, v: Tensor, size: Any, window: Any = None, *args: Any, **kwargs: Any):
-            if window is None and q.shape == k.shape:
+            weight, _, called = module._depthwise_branch(v.device)
+            if window is None and q.shape == k.shape and not called:
+                encoding = module.encoding(size)
                 recorded[name] = {
                     "q": q.detach(),
                     "k": k.detach(),
                     "num_heads": module.num_heads,
                     "scale": F.softplus(module.scale).flatten(),
-                    "key_bias": module.encoding(size)[0],
-                    "dwc_weight": module.kernel()[0],
+                    "key_bias": None if encoding is None else encoding[0],
+                    "dwc_weight": weight,
                     "size": tuple(size),
                     "focusing_factor": module.focusing_factor,
                 }

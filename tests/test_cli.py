@@ -95,6 +95,13 @@ def test_a_missing_extra_is_one_line_that_says_what_to_install(missing, argument
     assert f"pip install 'flatten-ext[{extra}]'" in done.stderr
 
 
+def test_the_demo_needs_no_more_than_its_extra(tmp_path):
+    beyond = "timm,torchvision,sklearn,pandas,linformer,performer_pytorch"
+    done = run_without(beyond, "demo", "--epochs", "1", "--train-images", "64", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "demo.png").exists()
+
+
 def test_help_lists_every_command():
     text = run("--help").stdout
     for module in Path(cli.__file__).parent.joinpath("commands").glob("[a-z]*.py"):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flatten_ext import reference
+from flatten_ext.analysis import read_matrices, sharpness
 from flatten_ext.tools.bench import mixers
 from flatten_ext.tools.micro.images import Images
 from flatten_ext.tools.micro.models import Block, MicroSwin, MicroViT, Size
@@ -91,30 +92,10 @@ class MixerAttention(nn.Module):
         return self.proj(out)
 
 
-def _matrices(mixer: mixers.Mixer, q: Tensor, k: Tensor, channels: slice) -> Tensor:
-    """(channels, N, N): what each channel's output is, as a matrix applied to the values; q, k: (1, N, C).
-
-    Every mixer is linear in v up to the convolution's bias, so unit values read its matrix off.
-    """
-    tokens = q.shape[1]
-    q, k = q.expand(tokens + 1, -1, -1), k.expand(tokens + 1, -1, -1)
-    units = torch.eye(tokens, dtype=q.dtype)[:, :, None].expand(-1, -1, q.shape[-1])
-    out = mixer(q, k, torch.cat((units, torch.zeros_like(units[:1]))))
-    return (out[:-1] - out[-1:])[:, :, channels].permute(2, 1, 0)
-
-
 def _rank(matrices: Tensor, tolerance: float = 1e-3) -> float:
     """Mean number of singular values above `tolerance` times the largest."""
     values = torch.linalg.svdvals(matrices.double())
     return float((values > tolerance * values[..., :1]).sum(-1).double().mean())
-
-
-def _entropy(matrices: Tensor) -> float:
-    """Mean entropy of the rows of |A|, normalised to sum 1, over log N: 1 is uniform, 0 a single token."""
-    weights = matrices.double().abs()
-    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-30)
-    bits = -(weights * weights.clamp(min=1e-30).log()).sum(-1)
-    return float((bits / torch.log(torch.tensor(float(weights.shape[-1])))).mean())
 
 
 @torch.no_grad()
@@ -146,15 +127,18 @@ def analyse(model: MicroViT | MicroSwin, images: Tensor) -> list[dict[str, float
         every = q.shape[0] // len(images)
         mixer, channels = layer.mixer, slice(0, None, 5)
         pairs = [(q[j : j + 1], k[j : j + 1]) for j in range(0, len(q), every)]
-        whole = torch.stack([_matrices(mixer, *pair, channels) for pair in pairs])
+        whole = torch.stack([read_matrices(mixer, *pair, channels) for pair in pairs])
         facts: dict[str, float | None] = {"rank": _rank(whole), "attention_rank": None, "entropy": None}
         if not isinstance(mixer, mixers.ConvolutionOnly):
             alone = whole
             if isinstance(mixer, mixers.Focused | mixers.SoftmaxDWC) and mixer.dwc is not None:
                 convolution, mixer.dwc = mixer.dwc, None
-                alone = torch.stack([_matrices(mixer, *pair, channels) for pair in pairs])
+                alone = torch.stack([read_matrices(mixer, *pair, channels) for pair in pairs])
                 mixer.dwc = convolution
-            facts["attention_rank"], facts["entropy"] = _rank(alone), _entropy(alone)
+            facts["attention_rank"], facts["entropy"] = (
+                _rank(alone),
+                float(1 - sharpness(alone.double()).mean()),
+            )
         report.append(facts)
     return report
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flatten_ext import FocusedLinearAttention, attention
+from flatten_ext import FocusedLinearAttention
+from flatten_ext.analysis import read_matrices
 from flatten_ext.tools.micro.models import AttentionFactory, Size
 
 __all__ = ["VARIANTS", "SoftmaxAttention", "Variant", "influence"]
@@ -88,22 +89,9 @@ def influence(layer: SoftmaxAttention | FocusedLinearAttention, x: Tensor, size:
     Returns:
         (H, W): the absolute weight, averaged over the channels.
     """
-    tokens = x.shape[1]
-    q, k, v = (t.expand(tokens, -1, -1) for t in layer.qkv(x).chunk(3, -1))
-    units = torch.eye(tokens, dtype=x.dtype, device=x.device)[:, :, None].expand_as(v)
-    if isinstance(layer, SoftmaxAttention):
-        weights = layer.attend(q, k, units)
-    else:
-        encoding, dwc = layer.positional_encoding, layer.dwc
-        weights = attention(
-            q,
-            k,
-            units,
-            layer.num_heads,
-            F.softplus(layer.scale).flatten(),
-            None if encoding is None else encoding[0],
-            dwc_weight=None if dwc is None else dwc.weight,
-            size=size,
-            focusing_factor=layer.focusing_factor,
-        )
-    return weights[:, query].abs().mean(-1).unflatten(0, size)
+    q, k, _ = layer.qkv(x).chunk(3, -1)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return layer.attend(q, k, v) if isinstance(layer, SoftmaxAttention) else layer.attend(q, k, v, size)
+
+    return read_matrices(attend, q, k)[:, query].abs().mean(0).unflatten(0, size)

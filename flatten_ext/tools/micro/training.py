@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
+from flatten_ext.tools.evaluate import evaluate
 from flatten_ext.tools.micro.images import Images
 
-__all__ = ["Budget", "Progress", "accuracy", "total_steps", "train"]
+__all__ = ["Budget", "Progress", "total_steps", "train"]
 
 
 @dataclass(frozen=True)
@@ -49,17 +51,6 @@ def total_steps(images: Images, budget: Budget) -> int:
     return budget.epochs * (len(images.train[: budget.train_images]) // budget.batch_size)
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 500) -> float:
-    """The share of `images` that the model classifies as labelled."""
-    training = model.training
-    model.eval()
-    batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-    hits = sum(int((model(x).argmax(1) == y).sum()) for x, y in batches)
-    model.train(training)
-    return hits / len(labels)
-
-
 def _learning_rate(step: int, steps: int, budget: Budget) -> float:
     warmup = max(1, round(budget.warmup * steps))
     if step < warmup:
@@ -92,7 +83,7 @@ def train(model: nn.Module, images: Images, budget: Budget, seed: int) -> Iterat
     """Trains `model` in place and yields after each step; `seed` fixes the order and shifts of the images."""
     generator = torch.Generator().manual_seed(seed)
     inputs, labels = images.train[: budget.train_images], images.train_labels[: budget.train_images]
-    test, test_labels = images.test[: budget.test_images], images.test_labels[: budget.test_images]
+    held_out = TensorDataset(images.test[: budget.test_images], images.test_labels[: budget.test_images])
     steps = total_steps(images, budget)
     marks = {round(steps * (i + 1) / budget.evaluations) for i in range(budget.evaluations)} - {0}
     groups = _parameter_groups(model, budget.weight_decay)
@@ -115,5 +106,8 @@ def train(model: nn.Module, images: Images, budget: Budget, seed: int) -> Iterat
             optimizer.step()
             step_ms = 1e3 * (time.perf_counter() - started)
             step += 1
-            reached = accuracy(model, test, test_labels) if step in marks else None
+            reached = None
+            if step in marks:
+                reached = evaluate(model, held_out, batch_size=500, workers=0)["top1"] / 100
+                model.train()
             yield Progress(step, steps, float(loss.detach()), step_ms, reached)
