@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._grids import KeepsGrid
 from ._layers import is_plain_conv
 from .ops import attention, depthwise_conv
 from .reference import from_windows, to_windows
@@ -22,7 +23,7 @@ Size = Sequence[int]  # height, width
 __all__ = ["FocusedAttention", "Size", "resize_positional_encoding"]
 
 
-class FocusedAttention(nn.Module):
+class FocusedAttention(KeepsGrid, nn.Module):
     """The attention between the projections, with the parameters that it adds to a softmax attention.
 
     Args:
@@ -41,6 +42,8 @@ class FocusedAttention(nn.Module):
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
+
+    positions_name = "positional_encoding"
 
     def __init__(
         self,
@@ -83,6 +86,13 @@ class FocusedAttention(nn.Module):
         nn.init.zeros_(self.scale)
         if self.positional_encoding is not None:
             nn.init.zeros_(self.positional_encoding)
+
+    def positions_grid(self) -> Size | None:
+        return self.grid
+
+    def position_grids(self, size: tuple[int, int]) -> dict[str, list[tuple[int, int]]]:
+        """The maps of keys for which an encoding may be learned where the tokens tile the map `size`."""
+        return {self.positions_name: [size]}
 
     def set_grid(self, grid: Size) -> None:
         """Resamples the learned positional encoding to another map of keys."""

@@ -46,8 +46,11 @@ _FILTERS: dict[type[nn.Module], Callable[..., Any]] = {
 FAMILIES = tuple(_FILTERS)
 
 
-def checkpoint_filter(model: nn.Module) -> Callable[[dict[str, Any], nn.Module], dict[str, Any]]:
-    """The function (state_dict, model) that renames and resamples a published checkpoint for `model`.
+def checkpoint_filter(model: nn.Module) -> Callable[..., dict[str, Any]]:
+    """The function (state_dict, model, grid=None) that renames and resamples a checkpoint for `model`.
+
+    `grid`, the map of patches (height, width) that the checkpoint was trained for, is needed where neither
+    its metadata nor its names say it: see `load_official`.
 
     Raises:
         TypeError: `model` is of none of the five families.

@@ -54,12 +54,15 @@ class PyramidAttention(FocusedAttention):
         super().__init__(softmax.dim, softmax.num_heads, grid, **focus, **device_and_dtype(softmax))
         self.q, self.kv, self.proj, self.proj_drop = softmax.q, softmax.kv, softmax.proj, softmax.proj_drop
         self.pool, self.sr, self.norm, self.act = pool, sr, softmax.norm, softmax.act
+        self.sr_ratio = ratio  # a number: whoever wraps `sr` need not have its stride
+
+    def position_grids(self, size: tuple[int, int]) -> dict[str, list[tuple[int, int]]]:
+        keys = (7, 7) if self.pool is not None else (size[0] // self.sr_ratio, size[1] // self.sr_ratio)
+        return {self.positions_name: [keys]}
 
     def set_feat_size(self, feat_size: Size) -> None:
         """Resamples the positional encoding for another map; that of pooled keys stays 7 x 7."""
-        if self.pool is None:
-            ratio = 1 if self.sr is None else self.sr.stride[0]
-            self.set_grid((feat_size[0] // ratio, feat_size[1] // ratio))
+        self.set_grid(self.position_grids((feat_size[0], feat_size[1]))[self.positions_name][0])
 
     def forward(self, x: Tensor, feat_size: Size) -> Tensor:
         """(B, H * W, C) tokens of the map `feat_size` -> (B, H * W, C)."""

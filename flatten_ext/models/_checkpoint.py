@@ -2,55 +2,66 @@
 
 from __future__ import annotations
 
-import math
 import os
+from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from ..nn import resize_positional_encoding
-from ._attention import FocusedAttention
+from ._positions import metadata_of
 from ._reading import read_state_dict
+from ._timm import stem_grid
 
-__all__ = ["load_official", "load_weights", "resample_encodings", "resample_square", "unwrap"]
+__all__ = ["for_pretrained", "load_official", "load_weights", "unwrap"]
 
 # Buffers of the public models that every model here rebuilds.
 _BUFFERS = ("relative_position_index", "relative_coords_table", "attn_mask")
 
 
 def unwrap(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """The state_dict inside a checkpoint, without the buffers that are rebuilt."""
+    """The state_dict inside a checkpoint with its metadata, without the buffers that are rebuilt."""
     for key in ("model", "state_dict"):
         checkpoint = checkpoint.get(key, checkpoint)
-    return {key: value for key, value in checkpoint.items() if not key.endswith(_BUFFERS)}
+    kept = OrderedDict((key, value) for key, value in checkpoint.items() if not key.endswith(_BUFFERS))
+    kept._metadata = metadata_of(checkpoint)  # type: ignore[attr-defined]
+    return kept
 
 
-def resample_square(encoding: Tensor, grid: tuple[int, int], num_prefix_tokens: int = 0) -> Tensor:
-    """(1, prefix + S*S, C), learned on a square map, -> the same on the map `grid`, bicubically."""
-    side = math.isqrt(encoding.shape[1] - num_prefix_tokens)
-    if side * side != encoding.shape[1] - num_prefix_tokens:
-        raise ValueError(f"a positional encoding of {encoding.shape[1]} tokens does not tile a square map")
-    return resize_positional_encoding(encoding, (side, side), grid, num_prefix_tokens)
+def for_pretrained(filter_fn: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    """A family's filter as timm calls it: the weights' image size is that of their configuration.
+
+    Only where the configuration came with weights: ours on their own describe the published ones.
+    """
+
+    def load(state_dict: dict[str, Any], model: Any) -> dict[str, Tensor]:
+        cfg = model.pretrained_cfg
+        if not any(cfg.get(source) for source in ("url", "file", "hf_hub_id", "state_dict")):
+            return filter_fn(state_dict, model)
+        args = getattr(model, "pretrained_model_args", None) or {}
+        size = args.get("img_size") or cfg["input_size"][1:]
+        return filter_fn(state_dict, model, hint=stem_grid(model, to_2tuple(size)))
+
+    return load
 
 
-def resample_encodings(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Brings the positional encodings of focused attention to the model's size."""
-    out = dict(state_dict)
-    for name, module in model.named_modules():
-        key = f"{name}.positional_encoding"
-        if not isinstance(module, FocusedAttention) or key not in out:
-            continue
-        if out[key].shape != module.positional_encoding.shape:
-            out[key] = resample_square(out[key], module.grid, module.num_prefix_tokens)
-    return out
-
-
-def load_official(model: nn.Module, path: str | os.PathLike[str], new_classifier: bool = False) -> nn.Module:
+def load_official(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    new_classifier: bool = False,
+    grid: int | tuple[int, int] | None = None,
+) -> nn.Module:
     """Loads a published .pth file (`{"model": state_dict, ...}`, or a bare state_dict) into `model`, whole.
 
     Positional encodings and relative position tables are interpolated to the model's resolution; buffers
     that the model rebuilds are ignored.
+
+    From which map they are interpolated: published files have square maps. Files of this package say it where
+    torch.save wrote a model's `state_dict()`, whose metadata keeps it. Where the metadata is lost
+    (safetensors, distributed checkpoints, a plain dict) `grid` has to say it: 64 x 64 tokens are as many as
+    32 x 128, even where the model has the same number.
 
     Args:
         model: a model of `flatten_ext.models`.
@@ -58,6 +69,8 @@ def load_official(model: nn.Module, path: str | os.PathLike[str], new_classifier
             averaged (EMA) weights too, those are taken.
         new_classifier: for fine-tuning: leave the model's classifier as it is if it has another number of
             classes.
+        grid: height and width of the map of patches that the checkpoint was trained for; one number is a
+            square. Patches have stride 4 (in DeiT the patch size, 16): 56 for 224 x 224 pixels in Swin.
 
     Returns:
         `model`.
@@ -65,12 +78,27 @@ def load_official(model: nn.Module, path: str | os.PathLike[str], new_classifier
     Raises:
         TypeError: a model of none of the five families.
         FileNotFoundError: there is no file at `path`.
-        ValueError: `path` is empty, damaged or holds no state_dict; or naming every parameter that is
-            missing, unexpected, or of another shape. The model is then unchanged.
+        ValueError: `path` is empty, damaged or holds no state_dict; or the map of its encodings is not known,
+            or is not that of `grid`; or naming every parameter that is missing, unexpected, or of another
+            shape. The model is then unchanged.
+
+    Example:
+        >>> model = timm.create_model("flatten_pvt_v2_b0", img_size=(128, 512))
+        >>> flatten_ext.load_official(model, "flatten_pvt_v2_b0.pth")                     # published
+        >>> flatten_ext.load_official(model, "model.safetensors", grid=(32, 128))         # of the same size
     """
     from . import checkpoint_filter
 
-    return load_weights(model, path, checkpoint_filter(model), new_classifier)
+    return load_weights(model, path, partial(checkpoint_filter(model), grid=_pair(grid)), new_classifier)
+
+
+def _pair(grid: Any) -> tuple[int, int] | None:
+    if grid is None:
+        return None
+    pair = to_2tuple(grid)
+    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+        raise ValueError(f"grid is {grid!r}, expected a positive number or two of them (height, width)")
+    return pair
 
 
 def load_weights(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from timm.models import build_model_with_cfg, checkpoint
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from torch import Tensor, nn
 
+from ._checkpoint import for_pretrained
 from ._mlp import tile_mlps
+from ._positions import Positions, module_positions
 from ._timm import reset_modules, undecayed
 
 __all__ = ["Pyramid", "PyramidStage", "create", "init_linear", "stage_sizes"]
@@ -98,6 +100,11 @@ class Pyramid(PyramidVisionTransformerV2):
             self.head = nn.Linear(embed_dims[-1], num_classes, device=device, dtype=dtype)
         tile_mlps(self)
 
+    def positions(self) -> Iterator[Positions]:
+        """The learned positions, for loading a checkpoint of another size."""
+        for index, stage in enumerate(self.stages):
+            yield from module_positions(stage, f"stages.{index}", index)
+
     def init_weights(self, needs_reset: bool = True) -> None:
         """Initialises the model anew, for instance after `to_empty` of a model built on the meta device.
 
@@ -138,7 +145,7 @@ def create(
         cls,
         variant,
         pretrained,
-        pretrained_filter_fn=filter_fn,
+        pretrained_filter_fn=for_pretrained(filter_fn),
         feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
         **kwargs,
     )

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-from timm.models import load_state_dict
+import torch
+from timm.models import clean_state_dict, load_state_dict
 from torch import Tensor
+
+from ._positions import metadata_of
 
 __all__ = ["read_state_dict"]
 
 # Under these keys training programs put a state_dict beside their options and counters.
 _WRAPPERS = ("model", "state_dict")
+_AVERAGED = ("state_dict_ema", "model_ema")
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -34,17 +40,37 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if file.stat().st_size == 0:
         raise ValueError(f"checkpoint {name} is empty")
     try:
-        content: Any = load_state_dict(name)
+        content = _load(name)
     except (OSError, MemoryError):
         raise
     # Whatever a damaged or hostile file makes unpickling raise, it says the same of the file.
     except Exception as error:
         raise ValueError(f"checkpoint {name} cannot be read: {_reason(error)}") from error
+    _expect_state_dict(name, content)
+    return content
+
+
+def _load(name: str) -> Any:
+    """What the file holds, taken out of its wrappers, with the names of the bare model's parameters."""
+    if name.endswith(".safetensors"):
+        return load_state_dict(name)
+    # timm's programs keep their arguments in a Namespace.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content: Any = torch.load(name, map_location="cpu", weights_only=True)
+    if isinstance(content, dict):
+        averaged = [key for key in _AVERAGED if content.get(key) is not None]
+        content = content[averaged[0]] if averaged else content
     for key in _WRAPPERS:
         if isinstance(content, dict) and key in content:
             content = content[key]
-    _expect_state_dict(name, content)
-    return content
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        return content
+    # timm drops the metadata, which says what maps the positional encodings were learned on.
+    state_dict = OrderedDict(clean_state_dict(content))
+    modules = {f"{key}.": facts for key, facts in metadata_of(content).items()}
+    metadata = {key.strip("."): facts for key, facts in clean_state_dict(modules).items()}
+    state_dict._metadata = metadata  # type: ignore[attr-defined]
+    return state_dict
 
 
 def _reason(error: Exception) -> str:

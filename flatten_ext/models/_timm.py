@@ -12,7 +12,7 @@ try:
 except ImportError:  # older releases keep no such record
     update_model_input_size = None
 
-__all__ = ["attention_types", "default_cfg", "record_input_size", "reset_modules", "undecayed"]
+__all__ = ["attention_types", "default_cfg", "record_input_size", "reset_modules", "stem_grid", "undecayed"]
 
 
 def attention_types(attn_type: str, stages: int) -> str:
@@ -34,6 +34,13 @@ def reset_modules(model: nn.Module) -> None:
         reset: Any = getattr(module, "reset_parameters", None)
         if reset is not None:
             reset()
+
+
+def stem_grid(model: Any, img_size: tuple[int, int]) -> tuple[int, int]:
+    """The map of the patches of an image."""
+    ratio: Any = getattr(model.patch_embed, "feat_ratio", None)  # the pyramids' stems have none, and stride 4
+    height, width = (4, 4) if ratio is None else ratio(as_scalar=False)
+    return -(-img_size[0] // height), -(-img_size[1] // width)
 
 
 def undecayed(model: nn.Module) -> set[str]:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ._attention import FocusedAttention, Size
-from ._checkpoint import resample_encodings, unwrap
+from ._checkpoint import unwrap
+from ._positions import Grid, metadata_of, resample_positions
 from ._pyramid import Pyramid, PyramidStage, create, stage_sizes
 from ._timm import attention_types, default_cfg
 
@@ -128,6 +129,14 @@ class CSWinBlock(nn.Module):
         if self.split_size is None:
             return [size]
         return [(size[0], self.split_size), (self.split_size, size[1])]
+
+    def position_grids(self, size: Grid) -> dict[str, list[Grid]]:
+        """The maps for which the branches' encodings are learned where the tokens tile `size`."""
+        return {
+            f"attns.{i}.{attention.positions_name}": [(window[0], window[1])]
+            for i, (attention, window) in enumerate(zip(self.attns, self._windows(size), strict=True))
+            if isinstance(attention, FocusedAttention)
+        }
 
     def set_feat_size(self, feat_size: Size) -> None:
         """Resamples the positional encodings for another map."""
@@ -280,17 +289,20 @@ class FlattenCSWinTransformer(Pyramid):
         return take
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Public checkpoint -> state_dict of `model`, encodings resampled to its size."""
-    out = {}
-    for key, value in unwrap(state_dict).items():
+def checkpoint_filter_fn(
+    state_dict: dict[str, Any], model: nn.Module, grid: Grid | None = None, hint: Grid | None = None
+) -> dict[str, Any]:
+    """Public or own checkpoint -> state_dict of `model`; `resample_positions` tells of `grid` and `hint`."""
+    state_dict, out = unwrap(state_dict), {}
+    published = "stage1_conv_embed.0.weight" in state_dict
+    for key, value in state_dict.items():
         key = key.replace("stage1_conv_embed.0.", "patch_embed.proj.")
         key = key.replace("stage1_conv_embed.2.", "patch_embed.norm.")
         key = re.sub(r"^stage(\d)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks.", key)
         key = re.sub(r"^merge(\d)\.conv", r"stages.\1.downsample.proj", key)
         key = re.sub(r"^merge(\d)\.norm", r"stages.\1.downsample.norm", key)
         out[key] = value
-    return resample_encodings(out, model)
+    return resample_positions(out, model, metadata_of(state_dict), published=published, grid=grid, hint=hint)
 
 
 default_cfgs = generate_default_cfgs(

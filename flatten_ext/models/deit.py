@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as _timm_filter
 from torch import Tensor, nn
 
+from .._grids import KeepsGrid
 from ._attention import PackedAttention, Size
-from ._checkpoint import resample_encodings, unwrap
+from ._checkpoint import for_pretrained, unwrap
 from ._mlp import tile_mlps
+from ._positions import Grid, Positions, metadata_of, module_positions, resample_positions
 from ._timm import default_cfg, reset_modules, undecayed
 
 __all__ = ["FlattenBlock", "FlattenVisionTransformer", "FlattenVisionTransformerDistilled"]
@@ -39,10 +42,20 @@ class FlattenBlock(nn.Module):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
-class FocusedTokens(VisionTransformer):
+class FocusedTokens(KeepsGrid, VisionTransformer):
     """Passes the map that the patches tile to the blocks of a vision transformer."""
 
     blocks: nn.Sequential
+    positions_name = "pos_embed"
+
+    def positions_grid(self) -> Size | None:
+        return None if self.pos_embed is None else self.patch_embed.grid_size
+
+    def positions(self) -> Iterator[Positions]:
+        """The learned positions, for loading a checkpoint of another size."""
+        if self.pos_embed is not None:
+            yield Positions(self.positions_name, self, lambda stem: [stem])
+        yield from module_positions(self.blocks, "blocks", 0)
 
     def focus(self, types: str, **focus: Any) -> None:
         """Replaces block i where types[i] is "L"."""
@@ -170,9 +183,22 @@ class FlattenVisionTransformerDistilled(FocusedTokens, VisionTransformerDistille
     """What `flatten_ext.convert` makes of timm's distilled DeiT, whose two tokens are both prefixes."""
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Checkpoint of this package or timm -> state_dict of `model`, encodings resampled to its size."""
-    return resample_encodings(_timm_filter(unwrap(state_dict), model), model)
+def checkpoint_filter_fn(
+    state_dict: dict[str, Any], model: nn.Module, grid: Grid | None = None, hint: Grid | None = None
+) -> dict[str, Any]:
+    """Our checkpoint -> state_dict of `model`; `resample_positions` tells of `grid` and `hint`."""
+    state_dict = unwrap(state_dict)
+    # timm takes the embedding for that of a square map.
+    embedding = {key: state_dict[key] for key in ("pos_embed",) if key in state_dict}
+    rest = {key: value for key, value in state_dict.items() if key not in embedding}
+    return resample_positions(
+        {**_timm_filter(rest, model), **embedding},
+        model,
+        metadata_of(state_dict),
+        published=False,
+        grid=grid,
+        hint=hint,
+    )
 
 
 def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> FlattenVisionTransformer:
@@ -181,7 +207,7 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> FlattenVi
         FlattenVisionTransformer,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=for_pretrained(checkpoint_filter_fn),
         feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
         **kwargs,
     )

@@ -13,9 +13,11 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.pvt_v2 import Attention
 from torch import Tensor, nn
 
+from .._grids import KeepsGrid
 from ..nn import resize_positional_encoding
 from ._attention import PyramidAttention, Size
-from ._checkpoint import resample_encodings, resample_square, unwrap
+from ._checkpoint import unwrap
+from ._positions import Grid, metadata_of, resample_positions
 from ._pyramid import Pyramid, PyramidStage, create, stage_sizes
 from ._timm import attention_types, default_cfg
 
@@ -64,8 +66,10 @@ class Block(nn.Module):
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 
-class Stage(PyramidStage):
+class Stage(KeepsGrid, PyramidStage):
     """A stage of PVT, with an absolute position embedding (1, H * W, C) learned on the map `grid`."""
+
+    positions_name = "pos_embed"
 
     def __init__(
         self, embed: nn.Module | None, blocks: list[nn.Module], grid: Size, dim: int, drop: float, **dd: Any
@@ -79,6 +83,13 @@ class Stage(PyramidStage):
     def reset_parameters(self) -> None:
         """The published initialisation of the embedding: truncated normal of 0.02."""
         trunc_normal_(self.pos_embed, std=0.02)
+
+    def positions_grid(self) -> Size:
+        return self.grid
+
+    def position_grids(self, size: Grid) -> dict[str, list[Grid]]:
+        """The map for which the embedding is learned where the tokens tile `size`."""
+        return {self.positions_name: [size]}
 
     def _positions(self, size: Size) -> Tensor:
         return resize_positional_encoding(self.pos_embed, self.grid, size)
@@ -184,20 +195,19 @@ class FlattenPyramidTransformer(Pyramid):
         return super().no_weight_decay() | positions
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Public checkpoint -> state_dict of `model`, embeddings and encodings resampled to its size."""
-    out: dict[str, Any] = {}
-    for key, value in unwrap(state_dict).items():
+def checkpoint_filter_fn(
+    state_dict: dict[str, Any], model: nn.Module, grid: Grid | None = None, hint: Grid | None = None
+) -> dict[str, Any]:
+    """Public or own checkpoint -> state_dict of `model`; `resample_positions` tells of `grid` and `hint`."""
+    state_dict, out = unwrap(state_dict), {}
+    published = "patch_embed1.proj.weight" in state_dict
+    for key, value in state_dict.items():
         key = key.replace("patch_embed1.", "patch_embed.")
         key = re.sub(r"^patch_embed(\d)", lambda m: f"stages.{int(m[1]) - 1}.downsample", key)
         key = re.sub(r"^pos_embed(\d)", lambda m: f"stages.{int(m[1]) - 1}.pos_embed", key)
         key = re.sub(r"^block(\d)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks.", key)
-        if key.endswith("pos_embed"):
-            stage: Any = model.get_submodule(key.removesuffix(".pos_embed"))
-            if value.shape != stage.pos_embed.shape:
-                value = resample_square(value, stage.grid)
         out[key] = value
-    return resample_encodings(out, model)
+    return resample_positions(out, model, metadata_of(state_dict), published=published, grid=grid, hint=hint)
 
 
 default_cfgs = generate_default_cfgs(

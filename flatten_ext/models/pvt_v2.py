@@ -12,8 +12,9 @@ from timm.models.pvt_v2 import checkpoint_filter_fn as _timm_filter
 from torch import nn
 
 from ._attention import PyramidAttention
-from ._checkpoint import resample_encodings, unwrap
+from ._checkpoint import unwrap
 from ._mlp import tile_mlps
+from ._positions import Grid, metadata_of, resample_positions
 from ._pyramid import Pyramid, create, stage_sizes
 from ._timm import attention_types, default_cfg
 
@@ -65,9 +66,14 @@ class FlattenPyramidTransformerV2(Pyramid):
         PyramidVisionTransformerV2._init_weights(self, m)
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Public or timm checkpoint -> state_dict of `model`, encodings resampled to its size."""
-    return resample_encodings(_timm_filter(unwrap(state_dict), model), model)
+def checkpoint_filter_fn(
+    state_dict: dict[str, Any], model: nn.Module, grid: Grid | None = None, hint: Grid | None = None
+) -> dict[str, Any]:
+    """Public or own checkpoint -> state_dict of `model`; `resample_positions` tells of `grid` and `hint`."""
+    state_dict = unwrap(state_dict)
+    published = "patch_embed1.proj.weight" in state_dict
+    out = _timm_filter(state_dict, model)
+    return resample_positions(out, model, metadata_of(state_dict), published=published, grid=grid, hint=hint)
 
 
 default_cfgs = generate_default_cfgs({f"flatten_pvt_v2_b{i}.in1k": default_cfg() for i in range(6)})

@@ -2,27 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
+from timm.layers import resample_patch_embed, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.swin_transformer import (
     SwinTransformer,
     SwinTransformerBlock,
+    WindowAttention,
     get_relative_position_index,
 )
-from timm.models.swin_transformer import checkpoint_filter_fn as _timm_filter
 from torch import Tensor, nn
 
+from .._grids import KeepsGrid
 from ._attention import PackedAttention, Size
-from ._checkpoint import resample_encodings
+from ._checkpoint import for_pretrained, unwrap
 from ._mlp import tile_mlps
+from ._positions import Grid, Positions, metadata_of, module_positions, resample_positions, resize_table
 from ._timm import attention_types, default_cfg, record_input_size, reset_modules, undecayed
 from ._windows import StageWindow, default_windows, stage_maps, stage_windows, windows_at
 
 __all__ = ["FlattenSwinBlock", "FlattenSwinTransformer"]
+
+
+class TableAttention(KeepsGrid, WindowAttention):
+    """timm's softmax attention in windows, whose table of relative positions remembers its window."""
+
+    positions_name = "relative_position_bias_table"
+    window_size: Grid
+    relative_position_bias_table: nn.Parameter
+
+    def positions_grid(self) -> Size:
+        return self.window_size
+
+    def set_window_size(self, window_size: Grid) -> None:
+        """As timm's, which in older releases takes every table for that of a square window."""
+        old, new = self.window_size, (window_size[0], window_size[1])
+        if new == old:
+            return
+        self.window_size, self.window_area = new, new[0] * new[1]
+        table = self.relative_position_bias_table
+        self.relative_position_bias_table = nn.Parameter(
+            resize_table(table.detach(), old, new), table.requires_grad
+        )
+        index = get_relative_position_index(*new, device=table.device)
+        self.register_buffer("relative_position_index", index, persistent=False)
 
 
 class FlattenSwinBlock(nn.Module):
@@ -65,6 +92,15 @@ class FlattenSwinBlock(nn.Module):
         )
         self.shift_size = shift
         self.shift = shift if any(shift) else None
+
+    def position_grids(self, size: Grid) -> dict[str, list[Grid]]:
+        """The maps for which an encoding may be learned where the tokens tile `size`: windows scaled with it
+        or of fixed size, or all of it."""
+        clipped = (min(size[0], self.window_size[0]), min(size[1], self.window_size[1]))
+        height, width = self.input_resolution
+        scaled = (self.window_size[0] * size[0] // height, self.window_size[1] * size[1] // width)
+        windows = [] if self.window is None else [scaled, clipped]
+        return {f"attn.{self.attn.positions_name}": [*windows, size]}
 
     def set_input_size(
         self, feat_size: Size, window_size: StageWindow, always_partition: bool | None = None
@@ -147,7 +183,29 @@ class FlattenSwinTransformer(SwinTransformer):
                     for i, block in enumerate(stage.blocks)
                 ]
                 stage.blocks = nn.Sequential(*blocks)
+        for module in self.modules():
+            if type(module) is WindowAttention:
+                module.__class__ = TableAttention
         tile_mlps(self)
+
+    def positions(self) -> Iterator[Positions]:
+        """The learned positions, for loading a checkpoint of another size."""
+        for index, stage in enumerate(self.layers):
+            yield from module_positions(stage, f"layers.{index}", index)
+            for name, module in stage.named_modules(prefix=f"layers.{index}"):
+                if isinstance(module, TableAttention):
+                    yield Positions(f"{name}.{module.positions_name}", module, self._softmax_windows(index))
+
+    def _softmax_windows(self, index: int) -> Callable[[Grid], list[Grid]]:
+        """The windows of a stage where the patches tile a map: scaled with it or fixed, and clipped."""
+        fixed = self._ref_window_sizes[index]
+
+        def windows(stem: Grid) -> list[Grid]:
+            size = stage_maps(stem, index + 1)[index]
+            (scaled,) = windows_at(stem, [fixed], self._ref_grid_size)
+            return [(min(w[0], size[0]), min(w[1], size[1])) for w in (scaled, fixed) if w is not None]
+
+        return windows
 
     def set_input_size(
         self,
@@ -243,9 +301,21 @@ def _check_softmax_windows(types: Sequence[str], windows: Sequence[StageWindow])
             )
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Public or timm checkpoint -> state_dict of `model`, tables resampled to its size."""
-    return resample_encodings(_timm_filter(state_dict, model), model)
+def checkpoint_filter_fn(
+    state_dict: dict[str, Any], model: Any, grid: Grid | None = None, hint: Grid | None = None
+) -> dict[str, Any]:
+    """Public or own checkpoint -> state_dict of `model`; `resample_positions` tells of `grid` and `hint`."""
+    state_dict, out = unwrap(state_dict), {}
+    # The public code downsamples at the end of a stage, timm at the start of the next.
+    published = "layers.0.downsample.reduction.weight" in state_dict
+    for key, value in state_dict.items():
+        if published:
+            key = re.sub(r"^layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) + 1}.downsample", key)
+            key = re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", key)
+        if key == "patch_embed.proj.weight" and value.shape[2:] != model.patch_embed.proj.weight.shape[2:]:
+            value = resample_patch_embed(value, list(model.patch_embed.proj.weight.shape[2:]))
+        out[key] = value
+    return resample_positions(out, model, metadata_of(state_dict), published=published, grid=grid, hint=hint)
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> FlattenSwinTransformer:
@@ -254,7 +324,7 @@ def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> FlattenSwi
         FlattenSwinTransformer,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=for_pretrained(checkpoint_filter_fn),
         feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
         **kwargs,
     )
