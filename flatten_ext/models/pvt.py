@@ -29,13 +29,13 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, in_chans: int, dim: int, patch_size: int, **dd: Any):
         super().__init__()
+        self.patch_size = patch_size  # a number: whoever wraps `proj` need not have its kernel size
         self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, **dd)
         self.norm = nn.LayerNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, ceil(H / patch), ceil(W / patch), dim)."""
-        patch = self.proj.kernel_size[0]
-        x = F.pad(x, (0, -x.shape[3] % patch, 0, -x.shape[2] % patch))
+        x = F.pad(x, (0, -x.shape[3] % self.patch_size, 0, -x.shape[2] % self.patch_size))
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
@@ -107,8 +107,8 @@ class Stage(KeepsGrid, PyramidStage):
 class FlattenPyramidTransformer(Pyramid):
     """PVT without class token whose stages of type "L" attend by focused linear attention.
 
-    The public model owns a last LayerNorm that its forward never applies. It is kept so that checkpoints
-    and parameter counts agree, frozen so that data parallel training does not wait for its gradient.
+    The public model owns a last LayerNorm that its forward never applies; its checkpoints have it, and
+    loading drops it. So there are 2 * embed_dims[-1] parameters less than in the public model, all trained.
 
     Args:
         img_size: the input for which position embeddings are learned; any other resamples them.
@@ -186,7 +186,6 @@ class FlattenPyramidTransformer(Pyramid):
             drop_path_rate=drop_path_rate,
             **dd,
         )
-        self.norm = norm_layer(embed_dims[-1], **dd).requires_grad_(False)
         self.init_weights(needs_reset=False)
 
     @torch.jit.ignore
@@ -202,6 +201,8 @@ def checkpoint_filter_fn(
     state_dict, out = unwrap(state_dict), {}
     published = "patch_embed1.proj.weight" in state_dict
     for key, value in state_dict.items():
+        if key in ("norm.weight", "norm.bias"):  # which the public forward never applies
+            continue
         key = key.replace("patch_embed1.", "patch_embed.")
         key = re.sub(r"^patch_embed(\d)", lambda m: f"stages.{int(m[1]) - 1}.downsample", key)
         key = re.sub(r"^pos_embed(\d)", lambda m: f"stages.{int(m[1]) - 1}.pos_embed", key)

@@ -66,10 +66,7 @@ def test_backward_and_drop_path(family: str) -> None:
     assert rates[-1] == 0.5
     model = small(family, drop_path_rate=0.0)
     model(torch.randn(2, 3, 64, 64)).square().sum().backward()
-    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    assert not missing
-    frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
-    assert frozen == (["norm.weight", "norm.bias"] if family == "pvt" else [])
+    assert not [n for n, p in model.named_parameters() if p.grad is None]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
