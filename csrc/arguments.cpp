@@ -177,6 +177,42 @@ bool is_countable(const Geometry& g) {
 
 }  // namespace
 
+AttentionArgs Arguments::attention(Focus focus) {
+  const bool mapped = focus == Focus::kLinear;  // without what belongs to the focused mapping
+  AttentionArgs args;
+  args.q = next<Tensor>();
+  args.k = next<Tensor>();
+  args.v = next<Tensor>();
+  args.num_heads = next<std::int64_t>();
+  if (!mapped) args.scale = next<OptionalTensor>();
+  if (!mapped) args.key_bias = next<OptionalTensor>();
+  args.dwc_weight = next<OptionalTensor>();
+  args.dwc_bias = next<OptionalTensor>();
+  args.size = next<OptionalSize>();
+  args.window = next<OptionalSize>();
+  args.shift = next<OptionalSize>();
+  if (focus == Focus::kFocused) args.focusing_factor = next<double>();
+  if (focus == Focus::kEither) args.focusing_factor = next<std::optional<double>>();
+  args.eps = next<double>();
+  return args;
+}
+
+ConvArgs Arguments::conv() {
+  ConvArgs args;
+  args.x = next<Tensor>();
+  args.weight = next<Tensor>();
+  args.bias = next<OptionalTensor>();
+  args.size = next<std::vector<std::int64_t>>();
+  args.window = next<OptionalSize>();
+  args.shift = next<OptionalSize>();
+  return args;
+}
+
+void Arguments::end() const {
+  if (next_ != end_)
+    throw std::logic_error("flatten: a schema and its kernel differ in the number of arguments");
+}
+
 void check(AttentionArgs& args, AttentionInputs& in) {
   const bool focused = args.focusing_factor.has_value();
   const Checker check{focused ? "attention" : "linear_attention"};

@@ -2,6 +2,7 @@
 // Compiled into each library, since torch's stable types are hidden symbols.
 #pragma once
 
+#include <torch/csrc/stable/stableivalue_conversions.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
@@ -33,6 +34,29 @@ struct ConvArgs {
   Tensor x;
   OptionalTensor weight, bias;
   OptionalSize size, window, shift;
+};
+
+/// Which of the operators' argument lists a call has: attention's, linear_attention's, or that of the
+/// operators below them, whose focusing_factor is None for features that are mapped already.
+enum class Focus { kFocused, kLinear, kEither };
+
+/// Takes the arguments of a call off the dispatcher's stack, in the order of the schema. Every argument must
+/// be taken: what is left on the stack is never freed.
+class Arguments {
+ public:
+  Arguments(const StableIValue* stack, std::uint64_t count) : next_(stack), end_(stack + count) {}
+
+  template <class T>
+  T next() {
+    return torch::stable::detail::to<T>(*next_++);
+  }
+  AttentionArgs attention(Focus focus);
+  ConvArgs conv();
+  /// Throws std::logic_error where the schema (schemas.cpp) has not the arguments that were taken.
+  void end() const;
+
+ private:
+  const StableIValue *next_, *end_;
 };
 
 /// Checks everything there is to check without reading a tensor's values, then points `inputs` at the data.

@@ -6,22 +6,23 @@
 namespace flatten {
 namespace {
 
-void check_attention(Tensor q, Tensor k, Tensor v, std::int64_t num_heads, OptionalTensor scale,
-                     OptionalTensor key_bias, OptionalTensor dwc_weight, OptionalTensor dwc_bias,
-                     OptionalSize size, OptionalSize window, OptionalSize shift,
-                     std::optional<double> focusing_factor, double eps, OptionalTensor grad_out,
-                     OptionalTensor state) {
-  AttentionArgs args{q,        k,    v,      num_heads, scale,           key_bias, dwc_weight,
-                     dwc_bias, size, window, shift,     focusing_factor, eps};
+void check_attention(StableIValue* stack, std::uint64_t count, std::uint64_t) {
+  Arguments given(stack, count);
+  AttentionArgs args = given.attention(Focus::kEither);
+  OptionalTensor grad_out = given.next<OptionalTensor>();
+  const OptionalTensor state = given.next<OptionalTensor>();
+  given.end();
   AttentionInputs inputs;
   check(args, inputs);
   if (grad_out) check_grad_out("attention_backward", *grad_out, args.q);
   if (state) check_state(*state, args.q, inputs);
 }
 
-void check_depthwise_conv(Tensor x, Tensor weight, OptionalTensor bias, std::vector<std::int64_t> size,
-                          OptionalSize window, OptionalSize shift, OptionalTensor grad_out) {
-  ConvArgs args{x, weight, bias, size, window, shift};
+void check_depthwise_conv(StableIValue* stack, std::uint64_t count, std::uint64_t) {
+  Arguments given(stack, count);
+  ConvArgs args = given.conv();
+  OptionalTensor grad_out = given.next<OptionalTensor>();
+  given.end();
   ConvInputs inputs;
   check(args, inputs);
   if (grad_out) check_grad_out("depthwise_conv_backward", *grad_out, args.x);
@@ -30,8 +31,8 @@ void check_depthwise_conv(Tensor x, Tensor weight, OptionalTensor bias, std::vec
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(flatten, CompositeExplicitAutograd, m) {
-  m.impl("check_attention", TORCH_BOX(&check_attention));
-  m.impl("check_depthwise_conv", TORCH_BOX(&check_depthwise_conv));
+  m.impl("check_attention", &check_attention);
+  m.impl("check_depthwise_conv", &check_depthwise_conv);
 }
 
 }  // namespace flatten

@@ -57,8 +57,8 @@ def attention(
             M - H*W leading tokens (class, registers) attend but are not convolved; none with windows.
         window: (wh, ww) dividing (H, W): attend and convolve inside each window; tokens stay in raster order.
         shift: (sh, sw) smaller than the window: the window grid lies on the map rolled by (-sh, -sw).
-        focusing_factor: p of phi, at least 1; the paper uses 3. Like eps a number that float32 holds (float64 with
-            float64 tokens).
+        focusing_factor: p of phi, at least 1; the paper uses 3. Like eps a number that float32 holds (float64
+            with float64 tokens).
         eps: added to the features and to the normaliser, at least 0.
 
     Returns:
@@ -133,7 +133,7 @@ def depthwise_conv(
     Example:
         >>> import torch
         >>> from flatten_ext import depthwise_conv
-        >>> x, weight = torch.randn(8, 1 + 14 * 14, 96), torch.randn(32, 1, 5, 5)  # a class token before the map
+        >>> x, weight = torch.randn(8, 1 + 14 * 14, 96), torch.randn(32, 1, 5, 5)  # with a class token
         >>> depthwise_conv(x, weight, None, size=(14, 14)).shape
         torch.Size([8, 197, 96])
     """

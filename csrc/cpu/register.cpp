@@ -5,12 +5,9 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
-#include <tuple>
-#include <utility>
 
-#include "../arguments.h"
 #include "../dtypes.h"
-#include "../outputs.h"
+#include "../operators.h"
 #include "../torch_errors.h"
 #include "kernels.h"
 
@@ -73,113 +70,21 @@ void check_scale_values(const AttentionInputs& in) {
   });
 }
 
-/// Runs the forward. A `state` that is not null becomes S and m of as many windows as asked for.
-Tensor run_forward(AttentionArgs& args, Tensor* state = nullptr, std::int64_t saved_windows = 0) {
-  AttentionForward forward;
-  check(args, forward);
-  check_scale_values(forward);
-  const Geometry& g = forward.geometry;
-  check_saved_windows(saved_windows, args.q, g);
-  Tensor out = empty_on_device_of(args.q, {g.batch, g.queries, g.channels()}, forward.dtype);
-  if (state) {
-    *state = empty_on_device_of(args.q, {saved_windows * window_state_elements(g)},
-                                accumulate_dtype(forward.dtype));
+struct Cpu {
+  static void check_values(const AttentionInputs& in) { check_scale_values(in); }
+
+  static void run(const AttentionForward& p, const Tensor&) {
+    kernels().attention_forward(p, torch_threads());
   }
-  if (is_empty(g)) {
-    if (state) torch::stable::zero_(*state);
-    return out;
+  static void run(const AttentionBackward& p, const Tensor&) {
+    kernels().attention_backward(p, torch_threads());
   }
-  forward.out = writable(out);
-  forward.saved_windows = saved_windows;
-  if (saved_windows > 0) forward.state = state->mutable_data_ptr();
-  kernels().attention_forward(forward, torch_threads());
-  return out;
-}
-
-std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, std::int64_t num_heads,
-                                             OptionalTensor scale, OptionalTensor key_bias,
-                                             OptionalTensor dwc_weight, OptionalTensor dwc_bias,
-                                             OptionalSize size, OptionalSize window, OptionalSize shift,
-                                             std::optional<double> focusing_factor, double eps,
-                                             std::int64_t saved_windows) {
-  AttentionArgs args{q,        k,    v,      num_heads, scale,           key_bias, dwc_weight,
-                     dwc_bias, size, window, shift,     focusing_factor, eps};
-  Tensor state;
-  Tensor out = run_forward(args, &state, saved_windows);
-  return {std::move(out), std::move(state)};
-}
-
-Tensor attention(Tensor q, Tensor k, Tensor v, std::int64_t num_heads, OptionalTensor scale,
-                 OptionalTensor key_bias, OptionalTensor dwc_weight, OptionalTensor dwc_bias,
-                 OptionalSize size, OptionalSize window, OptionalSize shift, double focusing_factor,
-                 double eps) {
-  AttentionArgs args{q,        k,    v,      num_heads, scale,           key_bias, dwc_weight,
-                     dwc_bias, size, window, shift,     focusing_factor, eps};
-  return run_forward(args);
-}
-
-Tensor linear_attention(Tensor q, Tensor k, Tensor v, std::int64_t num_heads, OptionalTensor dwc_weight,
-                        OptionalTensor dwc_bias, OptionalSize size, OptionalSize window, OptionalSize shift,
-                        double eps) {
-  AttentionArgs args{q,        k,    v,      num_heads, {},           {}, dwc_weight,
-                     dwc_bias, size, window, shift,     std::nullopt, eps};
-  return run_forward(args);
-}
-
-std::vector<Tensor> attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, std::int64_t num_heads,
-                                       OptionalTensor scale, OptionalTensor key_bias,
-                                       OptionalTensor dwc_weight, OptionalTensor dwc_bias, OptionalSize size,
-                                       OptionalSize window, OptionalSize shift,
-                                       std::optional<double> focusing_factor, double eps, Tensor state,
-                                       std::vector<bool> output_mask) {
-  AttentionArgs args{q,        k,    v,      num_heads, scale,           key_bias, dwc_weight,
-                     dwc_bias, size, window, shift,     focusing_factor, eps};
-  AttentionBackward backward;
-  check(args, backward);
-  check_scale_values(backward);
-  backward.grad_out = check_grad_out("attention_backward", grad_out, args.q);
-  const SavedState saved = check_state(state, args.q, backward);
-  backward.state = saved.data;
-  backward.saved_windows = saved.windows;
-  std::vector<Tensor> gradients = allocate_gradients(args, output_mask, backward);
-  if (!gradients.empty() && !is_empty(backward.geometry))
-    kernels().attention_backward(backward, torch_threads());
-  return gradients;
-}
-
-Tensor depthwise_conv(Tensor x, Tensor weight, OptionalTensor bias, std::vector<std::int64_t> size,
-                      OptionalSize window, OptionalSize shift) {
-  ConvArgs args{x, weight, bias, size, window, shift};
-  ConvForward forward;
-  check(args, forward);
-  const Geometry& g = forward.geometry;
-  Tensor out = empty_on_device_of(args.x, {g.batch, g.queries, g.channels()}, forward.dtype);
-  forward.out = writable(out);
-  if (!is_empty(g)) kernels().conv_forward(forward, torch_threads());
-  return out;
-}
-
-std::vector<Tensor> depthwise_conv_backward(Tensor grad_out, Tensor x, Tensor weight, OptionalTensor bias,
-                                            std::vector<std::int64_t> size, OptionalSize window,
-                                            OptionalSize shift, std::vector<bool> output_mask) {
-  ConvArgs args{x, weight, bias, size, window, shift};
-  ConvBackward backward;
-  check(args, backward);
-  backward.grad_out = check_grad_out("depthwise_conv_backward", grad_out, args.x);
-  std::vector<Tensor> gradients = allocate_gradients(args, output_mask, backward);
-  if (!gradients.empty() && !is_empty(backward.geometry)) kernels().conv_backward(backward, torch_threads());
-  return gradients;
-}
+  static void run(const ConvForward& p, const Tensor&) { kernels().conv_forward(p, torch_threads()); }
+  static void run(const ConvBackward& p, const Tensor&) { kernels().conv_backward(p, torch_threads()); }
+};
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(flatten, CPU, m) {
-  m.impl("attention", TORCH_BOX(&attention));
-  m.impl("linear_attention", TORCH_BOX(&linear_attention));
-  m.impl("depthwise_conv", TORCH_BOX(&depthwise_conv));
-  m.impl("attention_forward", TORCH_BOX(&attention_forward));
-  m.impl("attention_backward", TORCH_BOX(&attention_backward));
-  m.impl("depthwise_conv_backward", TORCH_BOX(&depthwise_conv_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(flatten, CPU, m) { Operators<Cpu>::register_in(m); }
 
 }  // namespace flatten::cpu

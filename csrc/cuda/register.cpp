@@ -1,0 +1,40 @@
+// The operators on CUDA: check, allocate, enqueue on the current stream.
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdint>
+
+#include "../operators.h"
+#include "../torch_errors.h"
+#include "launch.h"
+
+namespace flatten::cuda {
+namespace {
+
+struct Cuda {
+  static void check_values(const AttentionInputs&) {}  // reading them would wait for the device
+
+  /// Makes the tensors' device current and enqueues the call on its current stream. The workspace goes back
+  /// to torch's allocator at once, which hands it out again only to later work of the same stream.
+  template <class Params>
+  static void run(const Params& params, const Tensor& on_device) {
+    const std::int32_t index = on_device.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(index);
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+    Device device;
+    STD_CUDA_CHECK(current_device(&device));
+    const std::int64_t bytes = workspace_bytes(params, device);
+    const Tensor workspace = empty_on_device_of(on_device, {(bytes + 7) / 8}, Dtype::kFloat64);
+    STD_CUDA_CHECK(launch(params, device, workspace.mutable_data_ptr(), static_cast<cudaStream_t>(stream)));
+  }
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(flatten, CUDA, m) { Operators<Cuda>::register_in(m); }
+
+}  // namespace flatten::cuda
