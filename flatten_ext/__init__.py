@@ -12,6 +12,7 @@ from . import _autograd as _autograd
 from . import _load  # first: registers torch.ops.flatten
 from . import _moved as _moved
 from . import _registrations as _registrations
+from . import _sharding
 from .nn import FocusedLinearAttention
 from .ops import attention, depthwise_conv, linear_attention
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from .models import load_official as load_official
     from .models.convert import convert as convert
     from .rotary import rotary_table as rotary_table
+
+_sharding.register_on_import()
 
 __version__: str = _load.build_info()["version"]
 

@@ -1,0 +1,161 @@
+"""The operators on DTensors, on two processes: equal to one, and how much is exchanged."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import flatten_ext
+from flatten_ext import FocusedLinearAttention, attention, depthwise_conv, linear_attention
+
+HERE = Path(__file__).parent
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    """Runs `main` in two processes that meet through a file."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(tmp_path / "meeting")],
+            env={**environment, "PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    assert all(output.count("equal") == len(CASES) for output in outputs)
+
+
+# Name: operator, shapes of its parameters, options.
+TAPS = {"dwc_weight": (8, 1, 3, 3), "dwc_bias": (8,)}
+WINDOWS = {"size": (8, 6), "window": (4, 3), "shift": (1, 2)}
+OPERATORS = {
+    "attention": (attention, {"scale": (32,), "key_bias": (48, 32), **TAPS}, {"size": (8, 6)}),
+    "windows": (attention, {"key_bias": (12, 32), **TAPS}, WINDOWS),
+    "linear": (linear_attention, {"dwc_weight": (32, 1, 3, 3), "dwc_bias": (32,)}, WINDOWS),
+    "shared taps": (linear_attention, {**TAPS}, {"size": (8, 6)}),
+    "conv": (depthwise_conv, {"weight": (8, 1, 3, 3), "bias": (8,)}, {"size": (8, 6)}),
+}
+# How tokens lie: by image (evenly or not), token, channel, whole; and mixed.
+LIES = ("batch", "uneven batch", "tokens", "channels", "whole", "mixed")
+CASES = list(itertools.product(OPERATORS, LIES))
+
+
+def run_case(operator: str, lie: str, mesh) -> None:
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    function, shapes, options = OPERATORS[operator]
+    torch.manual_seed(0)
+    batch = 3 if lie == "uneven batch" else 4
+    count = 1 if function is depthwise_conv else 3
+    tokens = [torch.rand(batch, 48, 32, dtype=torch.float64) + 0.1 for _ in range(count)]
+    parameters = {name: torch.rand(shape, dtype=torch.float64) + 0.5 for name, shape in shapes.items()}
+    placements = {"batch": 0, "uneven batch": 0, "tokens": 1, "channels": 2}
+    placed = [Shard(placements[lie]) if lie in placements else Replicate()] * count
+    if lie == "mixed":
+        placed = [Replicate(), *[Shard(0)] * (count - 1)]
+
+    def call(tokens, parameters, grad) -> tuple[Tensor, list[Tensor]]:
+        inputs = [x.requires_grad_() for x in (*tokens, *parameters.values())]
+        heads = () if function is depthwise_conv else (4,)
+        out = function(*tokens, *heads, **parameters, **options)
+        return out, list(torch.autograd.grad(out, inputs, grad))
+
+    cotangent = torch.randn(batch, 48, 32, dtype=torch.float64)
+    expected, gradients = call([x.clone() for x in tokens], parameters, cotangent)
+
+    sharded = [distribute_tensor(x.detach(), mesh, [p]) for x, p in zip(tokens, placed, strict=True)]
+    whole = {n: distribute_tensor(p.detach(), mesh, [Replicate()]) for n, p in parameters.items()}
+    grad_placement = Shard(0) if "batch" in lie or (lie == "mixed" and count > 1) else placed[0]
+    grad = distribute_tensor(cotangent, mesh, [grad_placement])
+    with CommDebugMode() as exchanged:
+        out, sharded_gradients = call(sharded, whole, grad)
+    by_heads = lie == "channels" and function is not attention
+    if "batch" in lie or lie == "whole" or by_heads:
+        assert exchanged.get_total_counts() == 0, exchanged.get_comm_counts()
+    assert isinstance(out, DTensor)
+    kept = 0 if "batch" in lie or (lie == "mixed" and count > 1) else 2 if by_heads else None
+    assert out.placements == (Replicate() if kept is None else Shard(kept),)
+    torch.testing.assert_close(out.full_tensor(), expected, rtol=1e-12, atol=1e-12)
+    for actual, wanted in zip(sharded_gradients, gradients, strict=True):
+        torch.testing.assert_close(actual.full_tensor(), wanted, rtol=1e-12, atol=1e-12)
+
+    # Without gradients it is one call of the operator itself.
+    with torch.no_grad():
+        heads = () if function is depthwise_conv else (4,)
+        plain = function(*[x.detach() for x in sharded], *heads, **whole, **options)
+    torch.testing.assert_close(plain.full_tensor(), expected, rtol=1e-12, atol=1e-12)
+    print("equal:", operator, lie, flush=True)
+
+
+def refusals(mesh) -> None:
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    x = distribute_tensor(torch.rand(2, 48, 32), mesh, [Replicate()])
+    with pytest.raises(RuntimeError, match=r"flatten.attention: scale is a torch.Tensor beside DTensors"):
+        attention(x, x, x, 4, torch.ones(32))
+    with pytest.raises(RuntimeError, match=r"flatten.attention: num_heads is 5"):
+        attention(x, x, x, 5)
+
+
+def mesh_of_two_dimensions() -> None:
+    """Images over one dimension of the mesh, heads over the other (of one process here)."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2, 1))
+    torch.manual_seed(0)
+    x = torch.rand(4, 48, 32, dtype=torch.float64)
+    sharded = distribute_tensor(x, mesh, [Shard(0), Shard(2)])
+    out = linear_attention(sharded, sharded, sharded, 4)
+    assert out.placements == (Shard(0), Shard(2))
+    torch.testing.assert_close(out.full_tensor(), linear_attention(x, x, x, 4))
+
+
+def module_by_images(mesh) -> None:
+    """FocusedLinearAttention with its parameters on every process and the images shared out."""
+    from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+
+    torch.manual_seed(0)
+    module = FocusedLinearAttention(32, 4, positional_encoding=(8, 6), dtype=torch.float64)
+    x = torch.randn(4, 48, 32, dtype=torch.float64)
+    expected = module(x, (8, 6))
+    gradients = torch.autograd.grad(expected.square().sum(), list(module.parameters()))
+    distribute_module(module, mesh)
+    out = module(distribute_tensor(x, mesh, [Shard(0)]), (8, 6))
+    torch.testing.assert_close(out.full_tensor(), expected)
+    out.square().sum().backward()
+    for parameter, gradient in zip(module.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad.full_tensor(), gradient, rtol=1e-10, atol=1e-10)
+
+
+def main(rank: int, meeting: str) -> None:
+    # DTensor is imported after flatten_ext here, and the rules are there all the same.
+    assert "torch.distributed.tensor" not in sys.modules
+    assert flatten_ext.attention is attention
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2,))
+    for operator, lie in CASES:
+        run_case(operator, lie, mesh)
+    refusals(mesh)
+    mesh_of_two_dimensions()
+    module_by_images(mesh)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
