@@ -12,6 +12,7 @@ from flatten_ext import info
 from flatten_ext.tools import commands
 from flatten_ext.tools.errors import InputError, one_line
 from flatten_ext.tools.extras import MissingExtra, require
+from flatten_ext.tools.run import program
 
 if TYPE_CHECKING:
     import typer
@@ -76,6 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(info.render(info.installation()))
         if broken := info.problem():
             sys.exit(f"flatten-ext: {broken}")
+        return
+    if arguments[:1] == ["run"] and arguments[1:2] not in (["-h"], ["--help"]):
+        # Without typer, which the program need not have; its exceptions are its own.
+        try:
+            start = program(arguments[1:])
+        except (InputError, MissingExtra) as error:
+            sys.exit(f"flatten-ext run: {error}")
+        start()
         return
     try:
         build_app()(arguments)
