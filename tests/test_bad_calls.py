@@ -55,6 +55,7 @@ def place(tmp_path_factory) -> Path:
     for path in ("cut.jpg", "torn/val/b/cut.jpg", "torn/train/b/cut.jpg"):
         (place / path).write_bytes(cut[: len(cut) // 2])
     (place / "text.jpg").write_text("no picture")
+    Image.new("1", (20_000, 10_000)).save(place / "bomb.png")  # past Pillow's limit
     (place / "void").mkdir()
     (place / "hollow" / "a").mkdir(parents=True)
     picture(place / "flat" / "0.png")
@@ -110,6 +111,9 @@ CALLS = [
         for name in ("missing.pth", "void", "empty.pth", "garbage.pth", "list.pth", "tensor.pth", "odd.pth")
     ),
     (EVALUATE + DEIT + GOOD + "--checkpoint other.pth", "other.pth does not fit"),
+    (EVALUATE + DEIT + GOOD + "--checkpoint other.pth --grid wide", "wide"),
+    (EVALUATE + DEIT + GOOD + "--checkpoint other.pth --grid 1,2,3", "1,2,3"),
+    (EVALUATE + DEIT + GOOD + "--checkpoint other.pth --grid 0", "grid"),
     (EVALUATE + DEIT + GOOD + "--amp float8", "float8"),
     (EVALUATE + DEIT + GOOD + "--amp nn", "nn"),
     (EVALUATE + DEIT + GOOD + "--device abacus", "abacus"),
@@ -158,6 +162,7 @@ CALLS = [
     (VISUALIZE + DEIT + "--image void", "void"),
     (VISUALIZE + DEIT + "--image cut.jpg", "cut.jpg"),
     (VISUALIZE + DEIT + "--image text.jpg", "text.jpg"),
+    (VISUALIZE + DEIT + "--image bomb.png", "bomb.png"),
     (VISUALIZE + "--model nobody --image whole.jpg", "nobody"),
     (VISUALIZE + "--model resnet18 --image whole.jpg", "resnet18"),
     (VISUALIZE + "--model deit_tiny_patch16_224 --image whole.jpg", "deit_tiny_patch16_224"),

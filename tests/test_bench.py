@@ -261,6 +261,10 @@ def test_an_ablation_run_is_written_and_resumed(tmp_path, model):
     quality.write_json(todo[0].path(tmp_path), result)
     assert quality.pending(todo, tmp_path, budget) == todo[1:]
     assert quality.pending(todo, tmp_path, dataclasses.replace(budget, epochs=2)) == todo
+    todo[1].path(tmp_path).write_text("{")
+    with pytest.raises(ValueError, match=f"{todo[1].path(tmp_path).name} is not the result of a training"):
+        quality.pending(todo, tmp_path, budget)
+    todo[1].path(tmp_path).unlink()
     summary = quality.summarise(quality.collect(todo, tmp_path, budget), budget)
     assert summary["variants"][0]["accuracy_mean"] == result["accuracy"]
     assert summary["variants"][0]["accuracy_deviation"] is None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from setuptools import find_packages
 
 import flatten_ext
 from flatten_ext import _moved, info
@@ -106,6 +107,13 @@ def test_help_lists_every_command():
     text = run("--help").stdout
     for module in Path(cli.__file__).parent.joinpath("commands").glob("[a-z]*.py"):
         assert module.stem in text
+
+
+def test_every_folder_of_modules_is_installed():
+    folder = Path(flatten_ext.__file__).parent
+    installed = {"flatten_ext", *(f"flatten_ext.{name}" for name in find_packages(str(folder)))}
+    for path in folder.rglob("*.py"):
+        assert ".".join(("flatten_ext", *path.parent.relative_to(folder).parts)) in installed, path
 
 
 def test_require_lets_other_import_errors_through(tmp_path, monkeypatch):

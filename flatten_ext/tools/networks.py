@@ -37,24 +37,38 @@ def build(name: str, what: str = "model", **options: Any) -> nn.Module:
         return timm.create_model(name, **options)
 
 
-def load(model: nn.Module, path: str | Path, new_classifier: bool = False) -> None:
+def load(model: nn.Module, path: str | Path, new_classifier: bool = False, grid: str | None = None) -> None:
     """Loads a checkpoint into a model, ours or timm's, whole.
 
     Args:
         model: what to load into.
         path: a file that load_official takes.
         new_classifier: keep the model's classifier where the file's has other classes.
+        grid: "ROWS" or "ROWS,COLUMNS" of the map that one of our checkpoints was trained for, where it does
+            not say it itself (see load_official).
 
     Raises:
         InputError: naming the file, and what is wrong with it.
     """
-    ours = isinstance(model, models.FAMILIES)
-    filter_fn = models.checkpoint_filter(model) if ours else lambda state_dict, _model: state_dict
     try:
-        load_weights(model, path, filter_fn, new_classifier)
+        if isinstance(model, models.FAMILIES):
+            models.load_official(model, path, new_classifier, _pair(grid))
+        else:
+            load_weights(model, path, lambda state_dict, _model: state_dict, new_classifier)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         message = one_line(error)
         raise InputError(message if str(path) in message else f"checkpoint {path}: {message}") from error
+
+
+def _pair(grid: str | None) -> tuple[int, int] | None:
+    """ "56" -> (56, 56), "32,128" -> (32, 128)."""
+    if grid is None:
+        return None
+    try:
+        rows, columns = (int(side) for side in (grid.split(",") * 2 if "," not in grid else grid.split(",")))
+    except ValueError:
+        raise InputError(f"grid is {grid!r}, expected ROWS or ROWS,COLUMNS") from None
+    return rows, columns
 
 
 def checkpoint_classes(path: str | Path) -> list[str] | None:

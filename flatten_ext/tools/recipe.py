@@ -61,6 +61,9 @@ class TrainConfig:
     checkpoint: str | None = _option(
         None, "Weights to start from; a classifier of other classes is not loaded."
     )
+    grid: str | None = _option(
+        None, "Map that --checkpoint's positions were learned on, ROWS,COLUMNS, where it does not say it."
+    )
     convert: str | None = _option(None, "Stages to make focused-linear after loading, such as LLSS.")
     teacher: str | None = _option(None, 'Model to distil from; "self" is the softmax model before --convert.')
     teacher_checkpoint: str | None = _option(None, "The teacher's weights.")

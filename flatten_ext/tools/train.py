@@ -83,7 +83,7 @@ class Trainer:
         self._set_transforms(model, train_set)
         self.train_set = Replayable(train_set, config.seed)
         if config.checkpoint:
-            networks.load(model, config.checkpoint, new_classifier=True)
+            networks.load(model, config.checkpoint, new_classifier=True, grid=config.grid)
         self.teacher = self._make_teacher(model)
         if config.convert:
             with blamed_on(f"convert {config.convert!r} of {config.model}", ValueError, TypeError):

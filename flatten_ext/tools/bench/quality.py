@@ -15,6 +15,7 @@ import torch
 
 from flatten_ext import info
 from flatten_ext.tools.bench import ablation
+from flatten_ext.tools.errors import InputError
 from flatten_ext.tools.micro.images import Images, load_mnist
 from flatten_ext.tools.micro.training import Budget
 from flatten_ext.tools.output import write_json
@@ -49,8 +50,11 @@ def _finished(task: Task, folder: Path, budget: Budget) -> dict[str, Any] | None
     path = task.path(folder)
     if not path.exists():
         return None
-    result = json.loads(path.read_text(encoding="utf-8"))
-    return result if result["budget"] == json.loads(json.dumps(asdict(budget))) else None
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return result if result["budget"] == json.loads(json.dumps(asdict(budget))) else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not the result of a training; remove it to train anew") from error
 
 
 _images: Images | None = None  # of a worker process: read once, not per task

@@ -29,6 +29,12 @@ def register(app: typer.Typer) -> None:
         checkpoint: Annotated[
             Path | None, typer.Option(help="A published .pth file, or best.pt of `train`.")
         ] = None,
+        grid: Annotated[
+            str | None,
+            typer.Option(
+                help="Map that the checkpoint's positions were learned on, where it does not say it."
+            ),
+        ] = None,
         output: Annotated[Path | None, typer.Option(help="Write the result as JSON here.")] = None,
         img_size: Annotated[
             int | None, typer.Option(min=1, help="Pixels a side; default: the model's.")
@@ -64,7 +70,7 @@ def register(app: typer.Typer) -> None:
         size: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
         net = networks.build(model, num_classes=len(dataset.classes), **size)
         if checkpoint is not None:
-            networks.load(net, checkpoint)
+            networks.load(net, checkpoint, grid=grid)
             classes = networks.checkpoint_classes(checkpoint)
             if classes is not None and classes != list(dataset.classes):
                 here, there = (", ".join(names[:5]) for names in (dataset.classes, classes))

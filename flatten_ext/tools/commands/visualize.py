@@ -32,6 +32,12 @@ def register(app: typer.Typer) -> None:
         checkpoint: Annotated[
             Path | None, typer.Option(help="Weights; without them the model is untrained.")
         ] = None,
+        grid: Annotated[
+            str | None,
+            typer.Option(
+                help="Map that the checkpoint's positions were learned on, where it does not say it."
+            ),
+        ] = None,
         query: Annotated[
             list[str] | None, typer.Option(help="y,x in [0, 1) of a query token; may be given again.")
         ] = None,
@@ -63,7 +69,7 @@ def register(app: typer.Typer) -> None:
         original = open_image(image)
         net = networks.build(model, img_size=img_size).eval()
         if checkpoint is not None:
-            networks.load(net, checkpoint, new_classifier=True)
+            networks.load(net, checkpoint, new_classifier=True, grid=grid)
         size = (3, img_size, img_size)
         networks.try_forward(net, size, f"img_size {img_size}: model {model}")
         stats = resolve_model_data_config(net)
