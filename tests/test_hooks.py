@@ -14,9 +14,9 @@ from cases import (
     TENSORS,
     Case,
     gradients,
-    linear_arguments,
     positional,
     relative_error,
+    replace,
     with_gradients,
 )
 from torch.utils.checkpoint import checkpoint
@@ -52,7 +52,7 @@ def test_opcheck_attention(name):
 
 def test_opcheck_the_other_operators():
     arguments = CASES["shifted"].arguments(torch.float32)
-    linear = with_gradients(linear_arguments(arguments))
+    linear = with_gradients(replace(CASES["shifted"], p=None).arguments())
     torch.library.opcheck(ops.linear_attention.default, (), linear)
     geometry = {k: arguments[k] for k in ("size", "window", "shift")}
     x, weight = arguments["v"].requires_grad_(), arguments["dwc_weight"].requires_grad_()

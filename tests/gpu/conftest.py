@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from gpu_cases import EMULATED
+from cases import EMULATED
 
 HERE = Path(__file__).parent
 

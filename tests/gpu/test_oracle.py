@@ -7,7 +7,16 @@ from dataclasses import replace
 import cases
 import pytest
 import torch
-from gpu_cases import TOLERANCE, Case, assert_close, check, half, make, on_map
+from cases import (
+    TENSOR_CORE_TOLERANCE,
+    TOLERANCE,
+    Case,
+    assert_all_close,
+    assert_close,
+    half,
+    make,
+    on_map,
+)
 
 from flatten_ext import _load, reference
 
@@ -15,7 +24,7 @@ BF16, FP16 = torch.bfloat16, torch.float16
 
 # Beyond tests/cases.py: the borders of the general kernels' tiles, chunks and column blocks.
 GENERAL = [
-    Case(queries=17, keys=130, heads=3, key_bias=True),
+    on_map(1, 17, keys=130, heads=3, key_bias=True),
     on_map(20, 18, batch=1, head_dim=24, kernel=(7, 7), p=4.0),
     on_map(
         20, 18, batch=1, prefix=3, heads=1, head_dim=33, kernel=(5, 5), p=2.5, per_channel=True, key_bias=True
@@ -34,8 +43,6 @@ FLOAT64 = [
     on_map(8, 8, window=(4, 4), shift=(1, 3), head_dim=16, kernel=(3, 3), p=2.5, dtype=torch.float64),
 ]
 
-LAYOUTS = ["packed", "misaligned", "tokens first", "expanded", "channels first"]
-
 # What the tensor-core kernels take, and its borders: every head size, kernel and power, windows, and prefix
 # tokens and head sizes that make them step aside.
 HALF = [
@@ -53,7 +60,7 @@ HALF = [
     half(on_map(20, 24, heads=1, head_dim=128, batch=1, kernel=(5, 5))),
     half(on_map(20, 24, heads=1, head_dim=128, batch=1, kernel=(3, 3), p=2.0, key_bias=True), FP16),
     half(on_map(9, 20, window=(9, 10), shift=(4, 3), heads=2, head_dim=128, batch=1, tap_size=0.0)),
-    half(Case(queries=300, keys=70, heads=1, head_dim=128, p=2.5), FP16),
+    half(on_map(1, 300, keys=70, heads=1, head_dim=128, p=2.5), FP16),
     half(on_map(20, 24, heads=4, head_dim=16, batch=1, kernel=(7, 7), p=4.0), FP16),
     half(on_map(20, 24, heads=2, batch=1, kernel=(7, 7), p=1.0, key_bias=True)),
     half(on_map(20, 24, heads=2, batch=1, kernel=(5, 5), per_channel=True, p=3.3)),
@@ -61,15 +68,15 @@ HALF = [
     half(on_map(16, 17, heads=2, batch=1, prefix=1, kernel=(3, 3))),
     half(on_map(28, 28, heads=2, batch=1, window=(14, 14), shift=(7, 7), kernel=(5, 5))),
     half(on_map(20, 20, heads=2, batch=1, head_dim=24, kernel=(5, 5))),
-    half(Case(queries=300, keys=49, heads=2), FP16),
-    half(Case(queries=49, keys=300, heads=1, head_dim=64, key_bias=True)),
+    half(on_map(1, 300, keys=49, heads=2), FP16),
+    half(on_map(1, 49, keys=300, heads=1, head_dim=64, key_bias=True)),
     half(on_map(12, 12, heads=2, p=None, kernel=(5, 5))),
     half(on_map(28, 28, heads=2, head_dim=64, batch=1, kernel=(5, 5))),
     half(
         on_map(13, 30, heads=1, head_dim=64, batch=1, kernel=(7, 7), per_channel=True, p=1.5, key_bias=True)
     ),
     half(on_map(20, 24, heads=6, head_dim=16, batch=1, kernel=(5, 5), key_bias=True)),
-    half(Case(queries=300, keys=280, heads=3, key_bias=True, p=4.0)),
+    half(on_map(1, 300, keys=280, heads=3, key_bias=True, p=4.0)),
     # Small windows in one launch.
     half(on_map(14, 14, heads=2, batch=32, kernel=(5, 5))),
     half(on_map(14, 14, heads=1, head_dim=64, batch=32, kernel=(5, 5), tap_size=0.0)),
@@ -79,7 +86,7 @@ HALF = [
     ),
     half(on_map(14, 7, heads=12, batch=1, window=(7, 7), kernel=(3, 3), key_bias=True)),
     half(on_map(9, 20, window=(9, 10), shift=(4, 3), heads=3, batch=1, kernel=(5, 5), per_channel=True)),
-    half(Case(queries=49, keys=60, heads=12, batch=3)),
+    half(on_map(1, 49, keys=60, heads=12, batch=3)),
     half(on_map(8, 8, batch=1, head_dim=64, kernel=(5, 5), tap_size=0.0)),
     half(on_map(7, 7, heads=4, head_dim=16, kernel=(5, 5), p=2.5)),
     half(on_map(7, 7, heads=4, head_dim=16, p=4.0, key_bias=True), FP16),
@@ -97,6 +104,20 @@ HALF = [
 ]
 
 
+def check(case: Case, gradients: bool = True) -> None:
+    """Outputs and gradients of a case against the oracle."""
+    call = make(case)
+    oracle = call.oracle()
+    tolerance = TOLERANCE[case.dtype]
+    assert_close(call.run(), oracle.run(reference), tolerance.out, "out")
+    if not gradients:
+        return
+    want = oracle.gradients(reference)
+    for name, gradient in call.gradients().items():
+        assert gradient.dtype == call.arguments[name].dtype, name
+        assert_close(gradient, want[name], tolerance.gradient, f"gradient of {name}")
+
+
 def test_the_cuda_library_is_loaded():
     """Otherwise everything here would test the plain-torch fallback."""
     assert _load.cuda_unavailable_reason is None
@@ -109,13 +130,9 @@ def test_the_cases_of_the_cpu(name, dtype):
     grad_out = torch.randn_like(arguments["q"])
     found = cases.gradients(torch.ops.flatten.attention, arguments, grad_out)
     expected = cases.oracle_gradients(arguments, grad_out)
-    largest = max(value.norm() for value in expected.values())
-    for argument, value in expected.items():
-        assert torch.isfinite(found[argument]).all(), argument
-        # With one token the weights are 1 whatever q and k are: their gradients are rounding and eps.
-        floor = largest if name == "one-token" else torch.tensor(0.0)
-        error = (found[argument].cpu().double() - value).norm() / value.norm().clamp_min(floor)
-        assert error <= cases.TOLERANCE[dtype] * (1 if argument == "out" else 2), f"{argument}: {error:.2e}"
+    # With one token the weights are 1 whatever q and k are: their gradients are rounding and eps.
+    floor = 1.0 if name == "one-token" else 0.0
+    assert_all_close(found, expected, TENSOR_CORE_TOLERANCE[dtype], floor)
 
 
 @pytest.mark.parametrize("case", GENERAL + FLOAT64, ids=str)
@@ -134,7 +151,7 @@ def test_many_larger_windows():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*cases.LAYOUTS, "expanded"])
 def test_strided_inputs(layout, dtype):
     check(on_map(18, 18, heads=2, kernel=(5, 5), dtype=dtype, layout=layout))
     check(on_map(14, 14, heads=2, window=(7, 7), kernel=(3, 3), dtype=dtype, layout=layout), gradients=False)
@@ -157,9 +174,9 @@ def test_dead_rows_and_large_powers(p):
 @pytest.mark.parametrize("dtype", [torch.float32, FP16, BF16])
 @pytest.mark.parametrize("amplitude", [1e-3, 1e2])
 def test_inputs_of_any_size(amplitude, dtype):
-    case = on_map(16, 18, batch=1, dtype=dtype, amplitude=amplitude)
+    case = on_map(16, 18, batch=1, dtype=dtype, magnitude=amplitude, value_magnitude=amplitude)
     call = make(case)
-    assert_close(call.run(), call.oracle().run(reference), 2 * TOLERANCE[dtype][0], "out")
+    assert_close(call.run(), call.oracle().run(reference), 2 * TOLERANCE[case.dtype].out, "out")
     for name, gradient in call.gradients().items():
         assert torch.isfinite(gradient).all(), name
 
@@ -173,7 +190,16 @@ def test_inputs_of_any_size(amplitude, dtype):
 )
 def test_gradients_in_the_range_of_float16(shape, heads, head_dim, inputs, grad_out, power):
     """Powers, S and its gradient go beyond it where inputs and gradients do not. The first tile has none."""
-    case = on_map(*shape, batch=1, heads=heads, head_dim=head_dim, kernel=(5, 5), p=power, amplitude=inputs)
+    case = on_map(
+        *shape,
+        batch=1,
+        heads=heads,
+        head_dim=head_dim,
+        kernel=(5, 5),
+        p=power,
+        magnitude=inputs,
+        value_magnitude=inputs,
+    )
     call = make(half(case, FP16))
     with torch.no_grad():
         for x in call.tensors[:3]:
@@ -183,14 +209,17 @@ def test_gradients_in_the_range_of_float16(shape, heads, head_dim, inputs, grad_
         call.grad_out[:, :40] = 0.0
     want = call.oracle().gradients(reference)
     for name, gradient in call.gradients().items():
-        assert_close(gradient, want[name], TOLERANCE[FP16][1], f"gradient of {name}")
+        assert_close(gradient, want[name], TOLERANCE[FP16].gradient, f"gradient of {name}")
 
 
 @pytest.mark.parametrize("shape", [(20, 18), (7, 7)])
 @pytest.mark.parametrize("amplitude", [1e-9, 1e8])
 def test_norms_beyond_float32(amplitude, shape):
     """Sums of y^6 that overflow, or vanish, on large maps and in small windows."""
-    check(half(on_map(*shape, batch=1, amplitude=amplitude, eps=1e-20)), gradients=False)
+    check(
+        half(on_map(*shape, batch=1, magnitude=amplitude, value_magnitude=amplitude, eps=1e-20)),
+        gradients=False,
+    )
 
 
 @pytest.mark.parametrize("mask", range(1, 128, 9))
@@ -201,12 +230,8 @@ def test_only_requested_gradients(mask):
     op = torch.ops.flatten
 
     def backward(asked):
-        heads, size, window, shift, p, eps = call.options
-        q, k, v, *parameters = call.tensors
         empty = torch.empty(0, device="cuda")
-        return op.attention_backward(
-            call.grad_out, q, k, v, heads, *parameters, size, window, shift, p, eps, empty, asked
-        )
+        return op.attention_backward(call.grad_out, *call.positional(), empty, asked)
 
     everything = backward([True] * 7)
     some = backward(wanted)
@@ -224,23 +249,17 @@ def test_only_requested_gradients_in_half_precision(mask, window):
     case = half(on_map(14, 21, batch=1, heads=2, kernel=(5, 5), window=window, key_bias=True))
     call = make(case, requires_grad=False)
     want = list(make(case).oracle().gradients(reference).values())
-    heads, size, window, shift, p, eps = call.options
-    q, k, v, *parameters = call.tensors
     asked, empty = [bit == "1" for bit in mask], torch.empty(0, device="cuda")
-    got = torch.ops.flatten.attention_backward(
-        call.grad_out, q, k, v, heads, *parameters, size, window, shift, p, eps, empty, asked
-    )
+    got = torch.ops.flatten.attention_backward(call.grad_out, *call.positional(), empty, asked)
     assert len(got) == sum(asked)
     for gradient, expected in zip(got, (w for w, a in zip(want, asked, strict=True) if a), strict=True):
-        assert_close(gradient, expected, TOLERANCE[BF16][1], mask)
+        assert_close(gradient, expected, TOLERANCE[BF16].gradient, mask)
 
 
 def test_saved_state_gives_the_same_gradients():
     call = make(on_map(18, 20, batch=1, kernel=(5, 5)), requires_grad=False)
-    heads, size, window, shift, p, eps = call.options
-    q, k, v, *parameters = call.tensors
     op = torch.ops.flatten
-    arguments = (q, k, v, heads, *parameters, size, window, shift, p, eps)
+    arguments = call.positional()
     out, state = op.attention_forward(*arguments, 1)
     assert torch.equal(out, call.run())
     mask = [t is not None for t in call.tensors]
@@ -268,18 +287,17 @@ def test_depthwise_conv(case, dtype):
     arguments = (case.size, case.window, case.shift)
     out = torch.ops.flatten.depthwise_conv(v, weight, bias, *arguments)
     want = reference.depthwise_conv(v64, weight64, bias64, *arguments)
-    for_out, for_gradients = TOLERANCE[dtype]
-    assert_close(out, want, for_out, "out")
+    assert_close(out, want, TOLERANCE[dtype].out, "out")
     inputs = [t for t in (v, weight, bias) if t is not None]
     inputs64 = [t for t in (v64, weight64, bias64) if t is not None]
     got = torch.autograd.grad(out, inputs, call.grad_out)
     for g, w in zip(got, torch.autograd.grad(want, inputs64, oracle.grad_out), strict=True):
-        assert_close(g, w, for_gradients, "gradient")
+        assert_close(g, w, TOLERANCE[dtype].gradient, "gradient")
 
 
 @pytest.mark.parametrize(("batch", "queries"), [(0, 49), (2, 0)])
 def test_empty_calls(batch, queries):
-    call = make(Case(batch=batch, queries=queries, keys=49))
+    call = make(on_map(1, queries, batch=batch, keys=49))
     assert call.run().shape == (batch, queries, 64)
     for name, gradient in call.gradients().items():
         assert torch.equal(gradient, torch.zeros_like(gradient)), name

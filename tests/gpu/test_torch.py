@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_cases import EMULATED, NAMES, Call, Case, assert_close, half, make, on_map
+from cases import EMULATED, TENSORS, Call, assert_close, half, make, on_map
 
 SMALL = on_map(14, 14, heads=2, window=(7, 7), shift=(2, 3), kernel=(5, 5), key_bias=True)
 LARGE = on_map(18, 20, batch=1, heads=2, kernel=(5, 5), key_bias=True)
 CALLS = [SMALL, LARGE, half(SMALL), half(LARGE)]
 
 
-def arguments(call: Call) -> tuple:
-    heads, *options = call.options
-    q, k, v, *parameters = call.tensors
-    return (q, k, v, heads, *parameters, *options)
-
-
 @pytest.mark.parametrize("case", CALLS, ids=str)
 def test_opcheck(case):
-    torch.library.opcheck(torch.ops.flatten.attention.default, arguments(make(case)))
+    torch.library.opcheck(torch.ops.flatten.attention.default, tuple(make(case).positional()))
 
 
 def test_opcheck_of_the_other_operators():
@@ -36,17 +30,17 @@ def test_opcheck_of_the_other_operators():
         on_map(
             2, 4, batch=1, window=(1, 4), shift=(0, 1), kernel=(1, 3), p=2.5, head_dim=2, dtype=torch.float64
         ),
-        Case(queries=3, keys=5, head_dim=2, p=None, dtype=torch.float64),
+        on_map(1, 3, keys=5, head_dim=2, p=None, dtype=torch.float64),
     ],
     ids=str,
 )
 def test_gradcheck(case):
     call = make(case)
-    inputs = [t for t in call.tensors if t is not None]
+    names = [name for name in TENSORS if name in call.arguments]
+    inputs = [call.arguments[name] for name in names]
 
     def function(*tensors):
-        tensors = iter(tensors)
-        return Call(case, [None if t is None else next(tensors) for t in call.tensors], call.grad_out).run()
+        return Call(case, call.arguments | dict(zip(names, tensors, strict=True)), call.grad_out).run()
 
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
@@ -130,7 +124,7 @@ def test_autocast(dtype):
     cast = make(half(LARGE, dtype))
     assert torch.equal(out, cast.run())
     for name, gradient in zip(
-        NAMES, torch.autograd.grad(out, call.tensors, call.grad_out.to(dtype)), strict=True
+        TENSORS, torch.autograd.grad(out, call.tensors, call.grad_out.to(dtype)), strict=True
     ):
         assert gradient.dtype == torch.float32, name
         assert_close(gradient, cast.gradients()[name].cpu().double(), 1e-5, name)
