@@ -141,12 +141,13 @@ def elu_plus_one(x: Tensor) -> Tensor:
 def _features(
     x: Tensor, feature_map: str, scale: Tensor | None, focusing_factor: float, eps: float
 ) -> Tensor:
-    if feature_map == "focused":
+    mapped = _choose("feature_map", feature_map, _MAPS)
+    if mapped is focus:
         return focus(x, scale, focusing_factor, eps)
     if scale is not None or focusing_factor != 3:
         name = "focusing_factor" if scale is None else "scale"
         raise ValueError(f"{name} belongs to feature_map 'focused' and is not read by {feature_map!r}")
-    return _choose("feature_map", feature_map, _MAPS)(x)
+    return mapped(x)
 
 
 def _weights(key_weight: Tensor | None, like: Tensor) -> Tensor | None:
@@ -189,7 +190,7 @@ def _heads(x: Tensor, num_heads: int) -> Tensor:
 
 def _by_head(x: Tensor, given: Tensor | None, table: Tensor | None, num_heads: int) -> tuple[Tensor, Tensor]:
     """The features of S, rotated, and those of the normalizer: the given ones, or x."""
-    xn = _heads(rotate(x, table), num_heads)
+    xn = _heads(rotate(x, table, num_heads), num_heads)
     if given is None and table is None:
         return xn, xn
     return xn, _heads(x if given is None else given, num_heads)

@@ -99,18 +99,26 @@ def rotary_table(
     return torch.stack((angle.cos(), angle.sin()), -1).to(dtype)
 
 
-def rotate(x: Tensor, table: Tensor | None) -> Tensor:
+def rotate(x: Tensor, table: Tensor | None, heads: int = 1) -> Tensor:
     """Rotates the channel pairs (2i, 2i+1) of each token by the angles of a table.
 
     Args:
-        x: (..., n, C).
-        table: (n, R, 2) cosines and sines, C a multiple of 2R: with R = C/2 every pair of channels has
-            its own angle, with R = head_dim/2 the heads share them. None leaves x as it is.
+        x: (..., n, C), the channels of the heads side by side.
+        table: (n, R, 2) cosines and sines: with R = C/2 every pair of channels has its own angle, with
+            R = C/(2 * heads) the heads share them. None leaves x as it is.
+        heads: dividing C into even numbers of channels.
     """
     if table is None:
         return x
     if table.requires_grad:
         raise ValueError("rotary is a table and has no gradient, but it requires one: pass rotary.detach()")
+    n, channels = x.shape[-2:]
+    width = channels // heads
+    if width % 2 or table.shape not in ((n, width // 2, 2), (n, channels // 2, 2)):
+        raise ValueError(
+            f"rotary must be ({n}, R, 2), R half of a head's {width} channels, which must be even, or of all "
+            f"{channels}, but it is {tuple(table.shape)}"
+        )
     a, b = x.unflatten(-1, (-1, table.shape[-2], 2)).unbind(-1)
     cos, sin = table.to(x.dtype)[:, None].unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-3)

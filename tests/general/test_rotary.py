@@ -157,7 +157,7 @@ def test_products_of_rotated_tokens_depend_on_their_distance(heads):
     """What rotation is for: (R_i q) . (R_j k) is the same at all pairs of places with the same offset."""
     table = rotary_table((5, 4), 16, heads, dtype=torch.float64)
     q, k = (torch.randn(16, dtype=torch.float64).expand(20, 16) for _ in range(2))
-    q, k = rotate(q, table).unflatten(0, (5, 4)), rotate(k, table).unflatten(0, (5, 4))
+    q, k = (rotate(x, table, heads or 1).unflatten(0, (5, 4)) for x in (q, k))
     product = (q[2:, :3] * k[:3, 1:]).sum(-1)  # two rows down, one column to the left
     torch.testing.assert_close(product, product[:1, :1].expand(3, 3), rtol=0, atol=1e-12)
     assert (q[0, 0] * k).sum(-1).std() > 0.1
