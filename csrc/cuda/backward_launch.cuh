@@ -4,7 +4,7 @@
 
 #include "backward_key.cuh"
 #include "backward_query.cuh"
-#include "tensorcore_launch.cuh"
+#include "enqueue.cuh"
 
 namespace flatten::cuda::tensorcore {
 
@@ -15,9 +15,8 @@ struct Backward {
   }
 
   static cudaError_t query(const QueryGradientParams& params, int chunks, int windows, cudaStream_t stream) {
-    return launch_tensorcore(backward_query<T, kHeadDim>, dim3(chunks, windows),
-                             params.groups * params.channels, query_shared(params.channels, params.groups),
-                             params, stream);
+    return enqueue<backward_query<T, kHeadDim>>(dim3(chunks, windows), params.groups * params.channels,
+                                                query_shared(params.channels, params.groups), params, stream);
   }
 
   static int key_shared(int taps, int channels, int patches, bool per_channel) {
@@ -38,16 +37,16 @@ struct Backward {
     const int shared = key_shared(taps, params.channels, params.patches, params.per_channel);
     switch (taps) {
       case 3:
-        return launch_tensorcore(backward_key<T, kHeadDim, 3>, grid, threads, shared, params, stream);
+        return enqueue<backward_key<T, kHeadDim, 3>>(grid, threads, shared, params, stream);
       case 5:
-        return launch_tensorcore(backward_key<T, kHeadDim, 5>, grid, threads, shared, params, stream);
+        return enqueue<backward_key<T, kHeadDim, 5>>(grid, threads, shared, params, stream);
       case 7:
         if constexpr (kHeadDim <= 32) {
-          return launch_tensorcore(backward_key<T, kHeadDim, 7>, grid, threads, shared, params, stream);
+          return enqueue<backward_key<T, kHeadDim, 7>>(grid, threads, shared, params, stream);
         }
         return cudaErrorInvalidValue;  // never asked for, see takes()
       default:
-        return launch_tensorcore(backward_key<T, kHeadDim, 0>, grid, threads, shared, params, stream);
+        return enqueue<backward_key<T, kHeadDim, 0>>(grid, threads, shared, params, stream);
     }
   }
 

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "backward_window.cuh"
-#include "tensorcore_launch.cuh"
+#include "enqueue.cuh"
 
 namespace flatten::cuda::tensorcore {
 
@@ -30,14 +30,11 @@ struct BackwardWindow {
         shared_bytes(taps, p.channels, p.patches, p.per_channel, p.grid.window_h * p.grid.window_w);
     switch (taps) {
       case 3:
-        return launch_tensorcore(backward_window<T, kHeadDim, 3, kThreads>, windows, threads, shared, params,
-                                 stream);
+        return enqueue<backward_window<T, kHeadDim, 3, kThreads>>(windows, threads, shared, params, stream);
       case 5:
-        return launch_tensorcore(backward_window<T, kHeadDim, 5, kThreads>, windows, threads, shared, params,
-                                 stream);
+        return enqueue<backward_window<T, kHeadDim, 5, kThreads>>(windows, threads, shared, params, stream);
       default:
-        return launch_tensorcore(backward_window<T, kHeadDim, 0, kThreads>, windows, threads, shared, params,
-                                 stream);
+        return enqueue<backward_window<T, kHeadDim, 0, kThreads>>(windows, threads, shared, params, stream);
     }
   }
 

@@ -2,9 +2,9 @@
 // unit (forward_*.cu) gives to forward.cpp.
 #pragma once
 
+#include "enqueue.cuh"
 #include "forward_output.cuh"
 #include "forward_state.cuh"
-#include "tensorcore_launch.cuh"
 
 namespace flatten::cuda::tensorcore {
 
@@ -16,8 +16,8 @@ struct Forward {
 
   static cudaError_t state(const StateParams& params, int chunks, int windows, cudaStream_t stream) {
     const int threads = params.groups * params.channels / kSliceChannels * 32;
-    return launch_tensorcore(forward_state<T, kHeadDim, kMode>, dim3(chunks, windows), threads,
-                             state_shared(params.channels, params.groups), params, stream);
+    return enqueue<forward_state<T, kHeadDim, kMode>>(
+        dim3(chunks, windows), threads, state_shared(params.channels, params.groups), params, stream);
   }
 
   static int output_shared(int taps, int channels, int patches, bool per_channel) {
@@ -38,17 +38,13 @@ struct Forward {
     const int shared = output_shared(taps, params.channels, params.patches, params.per_channel);
     switch (taps) {
       case 3:
-        return launch_tensorcore(forward_output<T, kHeadDim, 3, kMode>, grid, threads, shared, params,
-                                 stream);
+        return enqueue<forward_output<T, kHeadDim, 3, kMode>>(grid, threads, shared, params, stream);
       case 5:
-        return launch_tensorcore(forward_output<T, kHeadDim, 5, kMode>, grid, threads, shared, params,
-                                 stream);
+        return enqueue<forward_output<T, kHeadDim, 5, kMode>>(grid, threads, shared, params, stream);
       case 7:
-        return launch_tensorcore(forward_output<T, kHeadDim, 7, kMode>, grid, threads, shared, params,
-                                 stream);
+        return enqueue<forward_output<T, kHeadDim, 7, kMode>>(grid, threads, shared, params, stream);
       default:
-        return launch_tensorcore(forward_output<T, kHeadDim, 0, kMode>, grid, threads, shared, params,
-                                 stream);
+        return enqueue<forward_output<T, kHeadDim, 0, kMode>>(grid, threads, shared, params, stream);
     }
   }
 

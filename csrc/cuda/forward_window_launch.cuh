@@ -1,8 +1,8 @@
 // The one-launch window kernels of one element type, head dimension and mode, behind plain functions.
 #pragma once
 
+#include "enqueue.cuh"
 #include "forward_window.cuh"
-#include "tensorcore_launch.cuh"
 
 namespace flatten::cuda::tensorcore {
 
@@ -19,8 +19,8 @@ struct WindowLaunch {
   static cudaError_t launch_taps(const WindowParams& params, int windows, cudaStream_t stream) {
     const int keys = params.grid.window_h * params.grid.window_w;
     const int shared = shared_bytes(kTaps, params.channels, keys, params.per_channel);
-    return launch_tensorcore(forward_window<T, kHeadDim, kTaps, kMode>, dim3(windows), params.channels,
-                             shared, params, stream);
+    return enqueue<forward_window<T, kHeadDim, kTaps, kMode>>(dim3(windows), params.channels, shared, params,
+                                                              stream);
   }
 
   static cudaError_t launch(const WindowParams& params, int taps, int windows, cudaStream_t stream) {

@@ -140,7 +140,7 @@ cudaError_t launch_key_taps(const BackwardCall& call, cudaStream_t stream) {
   const Plan& plan = call.plan;
   const std::int64_t blocks = call.params.geometry.batch * plan.windows * call.keys.groups * call.keys.chunks;
   const auto shared = BackwardShared<A>::template key<K>(plan, call.keys.tiling) * sizeof(A);
-  return launch_kernel(gradient_of_key<T, kernel_taps<T>(K)>, call, blocks, shared, stream);
+  return launch_kernel<gradient_of_key<T, kernel_taps<T>(K)>>(call, blocks, shared, stream);
 }
 
 template <class T>

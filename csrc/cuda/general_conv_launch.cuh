@@ -13,7 +13,7 @@ cudaError_t launch_conv(const ConvCall& call, cudaStream_t stream) {
     constexpr int K = decltype(taps)::value;
     const std::int64_t blocks = call.batch * call.plan.windows * call.tiling.tiles * column_blocks(call.plan);
     const std::size_t elements = kTileElements + taps_elements<K, Acc<T>>(call.tiling.log_width);
-    return launch_kernel(convolve_tiles<T, K>, call, blocks, elements * sizeof(Acc<T>), stream);
+    return launch_kernel<convolve_tiles<T, K>>(call, blocks, elements * sizeof(Acc<T>), stream);
   });
 }
 
@@ -25,9 +25,9 @@ cudaError_t launch_taps(const TapsCall& call, cudaStream_t stream) {
     if constexpr (K != kAnyTaps) {
       elements = std::max(halo_elements<K, Acc<T>>(call.tiling.log_width), TapGradient<T, K>::kScratch);
     }
-    return launch_kernel(sum_taps<T, K>, call,
-                         static_cast<std::int64_t>(call.chunks) * column_blocks(call.plan),
-                         elements * sizeof(Acc<T>), stream);
+    return launch_kernel<sum_taps<T, K>>(call,
+                                         static_cast<std::int64_t>(call.chunks) * column_blocks(call.plan),
+                                         elements * sizeof(Acc<T>), stream);
   });
 }
 

@@ -1,24 +1,20 @@
-// What every launch needs: dynamic shared memory above 48 KiB, and the taps as a template argument.
+// What every launch of a general kernel needs: a grid of one dimension, and the taps as a template argument.
 #pragma once
 
 #include <type_traits>
 
+#include "enqueue.cuh"
 #include "taps.cuh"
 
 namespace flatten::cuda {
 
-template <class Call>
-cudaError_t launch_kernel(void (*kernel)(Call), const Call& call, std::int64_t blocks,
-                          std::size_t shared_bytes, cudaStream_t stream) {
+/// A grid of one dimension, in blocks of kThreads.
+template <auto kKernel, class Call>
+cudaError_t launch_kernel(const Call& call, std::int64_t blocks, std::size_t shared_bytes,
+                          cudaStream_t stream) {
   if (blocks == 0) return cudaSuccess;
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
-  kernel<<<static_cast<unsigned>(blocks), kThreads, shared_bytes, stream>>>(call);
-  return cudaGetLastError();
+  return enqueue<kKernel>(static_cast<unsigned>(blocks), kThreads, shared_bytes, call, stream);
 }
 
 /// The K of the kernel that takes calls of size k. Of 16-bit types most calls go to tensor-core kernels: one
