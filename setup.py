@@ -12,9 +12,11 @@ csrc/cpu/isa/isas.inc.
 
 Environment:
     FLATTEN_WITH_CUDA=0|1    never build the CUDA library | fail when it cannot be built
-    TORCH_CUDA_ARCH_LIST     CUDA architectures, e.g. "8.0;9.0+PTX" (default: cuda_archs, see above)
+    TORCH_CUDA_ARCH_LIST     CUDA architectures, e.g. "8.0;9.0+PTX" (default: those of
+                             cuda_archs, see above, that the compiler knows, and PTX of the highest)
     CUDA_HOME                the CUDA toolkit (default: nvcc on PATH, then pip's nvidia-cuda-nvcc)
     MAX_JOBS                 parallel compilations (default: one per core)
+    FLATTEN_LINEINFO=1       source lines in the CUDA library, for profilers; it becomes several times as large
     FLATTEN_SANITIZE=address instrument the CPU library, for tests/sanitizer.sh
 """
 
@@ -46,6 +48,8 @@ def build_facts() -> dict[str, list[str]]:
 
 FACTS = build_facts()
 MINIMUM_TORCH = FACTS["minimum_torch"][0]
+TENSOR_CORE_ARCH = float(FACTS["tensorcore_arch"][0])
+CUDA_LIBRARY = "flatten_ext.lib.libflatten_cuda"
 
 
 def sources(*facts: str) -> list[Path]:
@@ -73,11 +77,15 @@ class CudaToolkit:
     cudart: Path
     version: str
     archs: list[str]  # as in TORCH_CUDA_ARCH_LIST: "8.0", "9.0+PTX"
+    flags: list[str]  # for every unit, where the compiler knows them
 
-    def gencode(self) -> list[str]:
+    def gencode(self, least: float = 0.0) -> list[str]:
         flags = []
         for arch in self.archs:
-            number = arch.removesuffix("+PTX").replace(".", "")
+            name = arch.removesuffix("+PTX")
+            if float(name) < least:
+                continue
+            number = name.replace(".", "")
             flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
             if arch.endswith("+PTX"):
                 flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
@@ -128,25 +136,46 @@ def find_cuda() -> CudaToolkit:
     runtimes = [so for folder in folders for so in sorted(folder.glob("libcudart.so*"))]
     if not includes or not runtimes:
         raise NoCuda(f"{home} has nvcc but not cuda_runtime.h and libcudart.so")
-    known = set(run(nvcc, "--list-gpu-arch").split())
-    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    archs = re.split(r"[;, ]+", asked.strip()) if asked else FACTS["cuda_archs"]
-    unknown = [a for a in archs if f"compute_{a.removesuffix('+PTX').replace('.', '')}" not in known]
-    if unknown and asked:
-        raise NoCuda(f"nvcc {version} does not know {unknown} of TORCH_CUDA_ARCH_LIST")
-    return CudaToolkit(home, nvcc, includes, runtimes[0], version, [a for a in archs if a not in unknown])
+    archs = cuda_archs(run(nvcc, "--list-gpu-arch").split(), version)
+    flags = ["--compress-mode=size"] if "--compress-mode" in run(nvcc, "--help") else []  # since CUDA 12.8
+    if switch("FLATTEN_LINEINFO"):
+        flags.append("-lineinfo")
+    return CudaToolkit(home, nvcc, includes, runtimes[0], version, archs, flags)
+
+
+def cuda_archs(known: list[str], version: str) -> list[str]:
+    """TORCH_CUDA_ARCH_LIST, or the default architectures that this compiler knows and PTX of the last one."""
+
+    def is_known(arch: str) -> bool:
+        return f"compute_{arch.removesuffix('+PTX').replace('.', '')}" in known
+
+    if asked := os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip():
+        archs = re.split(r"[;, ]+", asked)
+        if malformed := [a for a in archs if not re.fullmatch(r"\d+\.\d(\+PTX)?", a)]:
+            raise NoCuda(f"TORCH_CUDA_ARCH_LIST has {malformed}, expected such as '8.0;9.0+PTX'")
+        if unknown := [a for a in archs if not is_known(a)]:
+            raise NoCuda(f"nvcc {version} does not know {unknown} of TORCH_CUDA_ARCH_LIST")
+        return archs
+    archs = [arch for arch in FACTS["cuda_archs"] if is_known(arch)]
+    return [*archs[:-1], archs[-1] + "+PTX"]
+
+
+def switch(name: str) -> bool:
+    """An environment variable that is 0 (or unset) or 1."""
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"{name} is {value!r}, expected 0 or 1")
+    return value == "1"
 
 
 def cuda_or_none() -> CudaToolkit | None:
-    wanted = os.environ.get("FLATTEN_WITH_CUDA", "")
-    if wanted not in ("", "0", "1"):
-        raise SystemExit(f"FLATTEN_WITH_CUDA is {wanted!r}, expected 0 or 1")
-    if wanted == "0" or not sources("cuda_sources"):
+    must = switch("FLATTEN_WITH_CUDA")
+    if os.environ.get("FLATTEN_WITH_CUDA") == "0":
         return None
     try:
         return find_cuda()
     except NoCuda as reason:
-        if wanted == "1":
+        if must:
             raise SystemExit(f"FLATTEN_WITH_CUDA=1, but {reason}") from None
         print(f"flatten_ext: building without CUDA: {reason}", file=sys.stderr)
         return None
@@ -168,7 +197,11 @@ class BuildLibraries(build_ext):
         super().finalize_options()
         self.cuda = cuda_or_none()
         if self.cuda is None:
-            self.extensions = [e for e in self.extensions if e.name != "flatten_ext.lib.libflatten_cuda"]
+            self.extensions = [e for e in self.extensions if e.name != CUDA_LIBRARY]
+        elif not self.cuda.gencode(TENSOR_CORE_ARCH):
+            library = next(e for e in self.extensions if e.name == CUDA_LIBRARY)
+            left_out = [str(s.relative_to(ROOT)) for s in sources("tensorcore_sources")]
+            library.sources = [s for s in library.sources if s not in left_out]
 
     def get_ext_filename(self, fullname: str) -> str:
         if fullname.rpartition(".")[2].startswith("lib"):  # not a Python module: no ABI tag
@@ -215,10 +248,12 @@ class BuildLibraries(build_ext):
             assert self.cuda is not None  # finalize_options dropped the extension otherwise
             includes = [flag for path in self.cuda.includes for flag in ("-isystem", str(path))]
             cxxflags += ["-DUSE_CUDA", *includes]
+            if not self.cuda.gencode(TENSOR_CORE_ARCH):
+                cxxflags.append("-DFLATTEN_WITHOUT_TENSOR_CORES")
             libraries += [f"-L{torch_root / 'lib'}", "-ltorch_cuda", str(self.cuda.cudart)]
             nvcc = str(self.cuda.nvcc)
             host = ["-ccbin", cxx[0], "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
-            nvccflags = shlex.join(["-std=c++17", "-O3", "-lineinfo", *self.cuda.gencode(), *host])
+            nvccflags = shlex.join(["-std=c++17", "-O3", *self.cuda.flags, *host])
         if sys.platform == "darwin":
             ldflags.append("-Wl,-install_name,@rpath/" + output.name)
         elif name != "_C":
@@ -236,7 +271,7 @@ class BuildLibraries(build_ext):
             f"ldflags = {shlex.join(ldflags)}",
             f"libraries = {shlex.join(libraries).replace('$', '$$')}",
             f"rule cxx\n  command = $cxx -MMD -MF $out.d $cxxflags $isa -c $in -o $out{DEPFILE}",
-            f"rule nvcc\n  command = $nvcc -MD -MF $out.d $nvccflags -c $in -o $out{DEPFILE}",
+            f"rule nvcc\n  command = $nvcc -MD -MF $out.d $nvccflags $gencode -c $in -o $out{DEPFILE}",
             f"rule link\n  command = $cxx {shared} $in -o $out $ldflags $libraries",
         ]
         objects, isa = [], isa_flags()
@@ -245,6 +280,10 @@ class BuildLibraries(build_ext):
             target = f"{source.parent.name}_{source.name}.o"
             objects.append(target)
             lines.append(f"build {target}: {rule} {ninja_path(source)}")
+            if rule == "nvcc":
+                assert self.cuda is not None
+                least = TENSOR_CORE_ARCH if source in sources("tensorcore_sources") else 0.0
+                lines.append(f"  gencode = {shlex.join(self.cuda.gencode(least))}")
             if isa.get(source):
                 lines.append(f"  isa = {shlex.join(isa[source])}")
         # What the linker reads besides: linked again when it changes.
@@ -293,7 +332,7 @@ libflatten_sources = [*sources("host_sources", "cpu_sources", "cpu_kernel_source
 setuptools.setup(
     ext_modules=[
         Library("flatten_ext.lib.libflatten", libflatten_sources),
-        Library("flatten_ext.lib.libflatten_cuda", sources("host_sources", "cuda_sources")),
+        Library(CUDA_LIBRARY, sources("host_sources", "cuda_sources", "tensorcore_sources")),
         Library("flatten_ext._C", [CSRC / "bindings.cpp"]),
     ],
     cmdclass={"build_ext": BuildLibraries},

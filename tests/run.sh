@@ -20,6 +20,7 @@ export PATH="$venv/bin:$PATH"
 # Without a GPU the CUDA library is built for what the emulator runs; with one, for what it is.
 if ! command -v nvidia-smi >/dev/null; then
   export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-8.0+PTX}
+  export FLATTEN_LINEINFO=${FLATTEN_LINEINFO:-1} # its reports then name source lines
 fi
 # The build requirements of pyproject.toml first: an isolated build would fetch torch, gigabytes, a second time.
 pip install -q torch "setuptools>=77" ninja "pybind11>=2.13"

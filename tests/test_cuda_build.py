@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from setup_py import load_setup_py
 
 import flatten_ext
 
@@ -139,3 +140,42 @@ def test_registers_leave_room_for_the_blocks(kernels):
     assert general
     assert max(general.values()) <= 168, general
     assert max(k.registers for k in fast(kernels)) <= 255
+
+
+# ---- What is compiled, for which architectures ----
+
+
+@pytest.fixture
+def setup_py(monkeypatch):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    return load_setup_py()
+
+
+CUDA_12_6 = [f"compute_{arch}" for arch in (50, 52, 60, 61, 70, 75, 80, 86, 87, 89, 90)]
+CUDA_13_0 = [f"compute_{arch}" for arch in (75, 80, 86, 87, 88, 89, 90, 100, 110, 103, 120, 121)]
+
+
+@pytest.mark.parametrize(
+    ("known", "archs"),
+    [
+        (CUDA_12_6, ["7.5", "8.0", "8.6", "8.9", "9.0+PTX"]),
+        (CUDA_13_0, ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "11.0", "12.0+PTX"]),
+    ],
+)
+def test_the_highest_architecture_comes_as_ptx(setup_py, known, archs):
+    """Whatever the compiler knows: without PTX a later GPU would find no image at all."""
+    assert setup_py.cuda_archs(known, "of this test") == archs
+
+
+@pytest.mark.parametrize(("asked", "why"), [("8.0;13.0", "does not know"), ("Hopper", "expected such as")])
+def test_an_architecture_that_cannot_be_built_is_refused(setup_py, monkeypatch, asked, why):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    with pytest.raises(setup_py.NoCuda, match=why):
+        setup_py.cuda_archs(CUDA_13_0, "13.0")
+
+
+def test_the_library_can_be_shipped():
+    """A wheel of 100 MB is refused by the package index, and the next architecture is still to come."""
+    if not LIBRARY.exists():
+        pytest.skip("this build has no CUDA kernels")
+    assert LIBRARY.stat().st_size < 90e6

@@ -297,7 +297,6 @@ struct RingGrads {
 template <typename T, int kHeadDim, int kTaps>
 __global__ void __launch_bounds__(kBackwardThreads, 1)
     backward_key(const __grid_constant__ KeyGradientParams params) {
-#if __CUDA_ARCH__ >= 800
   using Traits = KeyGradientTraits<kHeadDim, kTaps>;
   constexpr bool kTapsAlong = Traits::kTapsAlong;
   extern __shared__ __align__(128) unsigned char shared[];
@@ -352,7 +351,6 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
       store(behind);
     }
   }
-#endif
 }
 
 }  // namespace flatten::cuda::tensorcore

@@ -219,7 +219,6 @@ struct QueryGradientTraits {
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kBackwardThreads)
     backward_query(const __grid_constant__ QueryGradientParams params) {
-#if __CUDA_ARCH__ >= 800
   using Traits = QueryGradientTraits<kHeadDim>;
   using Block = BackwardBlock<kHeadDim, Traits::kStages, Traits::kShort>;
   extern __shared__ __align__(128) unsigned char shared[];
@@ -256,7 +255,6 @@ __global__ void __launch_bounds__(kBackwardThreads)
     sum.store_matrix(partial, block.slice, block.lane);
     sum.store_mean(partial + params.channels * kHeadDim + block.slice * kSliceChannels, block.lane);
   }
-#endif
 }
 
 }  // namespace flatten::cuda::tensorcore

@@ -225,7 +225,6 @@ class WindowGradient {
 template <typename T, int kHeadDim, int kTaps, int kThreads>
 __global__ void __launch_bounds__(kThreads)
     backward_window(const __grid_constant__ WindowGradientParams params) {
-#if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(128) unsigned char shared[];
   constexpr bool kWide = kThreads > kBackwardThreads;
   const WindowGradient<T, kHeadDim, kTaps, kWide> gradient(params, shared);
@@ -234,7 +233,6 @@ __global__ void __launch_bounds__(kThreads)
   gradient.queries(scale_sums);
   gradient.keys(scale_sums);
   if constexpr (kTaps > 0) gradient.taps();
-#endif
 }
 
 }  // namespace flatten::cuda::tensorcore

@@ -1,6 +1,7 @@
 // Which implementation takes a call. A tensor-core implementation declares `takes`, `workspace_bytes` and
 // `launch` for a params struct in its own header and is asked here before the general one.
-#include <map>
+#include <algorithm>
+#include <atomic>
 #include <mutex>
 
 #include "launch.h"
@@ -8,16 +9,9 @@
 
 namespace flatten::cuda {
 
-cudaError_t current_device(Device* device) {
-  static std::mutex mutex;
-  static std::map<int, Device> known;
-  int index = 0;
-  if (cudaError_t error = cudaGetDevice(&index); error != cudaSuccess) return error;
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (const auto found = known.find(index); found != known.end()) {
-    *device = found->second;
-    return cudaSuccess;
-  }
+namespace {
+
+cudaError_t properties_of(int index, Device* device) {
   int count = 0, major = 0, minor = 0, shared = 0;
   cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
@@ -25,21 +19,54 @@ cudaError_t current_device(Device* device) {
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
   }
+  bool tensor_cores = false;
+  if constexpr (tensorcore::kBuilt) {
+    if (error == cudaSuccess) error = tensorcore::find_image(&tensor_cores);
+  }
   if (error != cudaSuccess) return error;
-  *device = known[index] = {count, 10 * major + minor, shared};
+  const int capability = 10 * major + minor;
+  *device = {count, tensor_cores ? capability : std::min(capability, kLeastCapability), shared};
+  return cudaSuccess;
+}
+
+}  // namespace
+
+cudaError_t current_device(Device* device) {
+  struct Known {
+    std::atomic<bool> ready{false};
+    Device device;
+  };
+  static Known known[64];
+  static std::mutex mutex;
+  int index = 0;
+  if (cudaError_t error = cudaGetDevice(&index); error != cudaSuccess) return error;
+  if (index >= 64) return properties_of(index, device);
+  Known& here = known[index];
+  if (!here.ready.load(std::memory_order_acquire)) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (!here.ready.load(std::memory_order_relaxed)) {
+      if (cudaError_t error = properties_of(index, &here.device); error != cudaSuccess) return error;
+      here.ready.store(true, std::memory_order_release);
+    }
+  }
+  *device = here.device;
   return cudaSuccess;
 }
 
 std::int64_t workspace_bytes(const AttentionForward& params, const Device& device) {
-  if (tensorcore::takes_windows(params, device)) return 0;
-  if (tensorcore::takes(params, device)) return tensorcore::workspace_bytes(params, device);
+  if constexpr (tensorcore::kBuilt) {
+    if (tensorcore::takes_windows(params, device)) return 0;
+    if (tensorcore::takes(params, device)) return tensorcore::workspace_bytes(params, device);
+  }
   return general::workspace_bytes(params, device);
 }
 
 cudaError_t launch(const AttentionForward& params, const Device& device, void* workspace,
                    cudaStream_t stream) {
-  if (tensorcore::takes_windows(params, device)) return tensorcore::launch_windows(params, stream);
-  if (tensorcore::takes(params, device)) return tensorcore::launch(params, device, workspace, stream);
+  if constexpr (tensorcore::kBuilt) {
+    if (tensorcore::takes_windows(params, device)) return tensorcore::launch_windows(params, stream);
+    if (tensorcore::takes(params, device)) return tensorcore::launch(params, device, workspace, stream);
+  }
   return general::launch(params, device, workspace, stream);
 }
 

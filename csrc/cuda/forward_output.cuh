@@ -191,7 +191,6 @@ __device__ __forceinline__ void write_pair(const TimesState& times_state, const 
 template <typename T, int kHeadDim, int kTaps, int kMode>
 __global__ void __launch_bounds__(max_threads(kHeadDim, kTaps), 1)
     forward_output(const __grid_constant__ OutputParams params) {
-#if __CUDA_ARCH__ >= 800
   using Traits = OutputTraits<T, kHeadDim, kTaps>;
   constexpr int kSlices = Traits::kSlices, kBlocks = Traits::kBlocks;
   extern __shared__ __align__(128) unsigned char shared[];
@@ -342,7 +341,6 @@ __global__ void __launch_bounds__(max_threads(kHeadDim, kTaps), 1)
     }
     block = block + 1 < Traits::kRingBlocks ? block + 1 : 0;
   }
-#endif
 }
 
 }  // namespace flatten::cuda::tensorcore

@@ -158,7 +158,6 @@ struct StateAccumulator {
 template <typename T, int kHeadDim, int kMode>
 __global__ void __launch_bounds__(max_threads(kHeadDim))
     forward_state(const __grid_constant__ StateParams params) {
-#if __CUDA_ARCH__ >= 800
   using Traits = StateTraits<T, kHeadDim>;
   extern __shared__ __align__(128) unsigned char shared[];
   const Lane lane;
@@ -244,7 +243,6 @@ __global__ void __launch_bounds__(max_threads(kHeadDim))
     sum.store(params.partial + (static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x) * size,
               params.channels, slice, 1.0f / params.keys, lane);
   }
-#endif
 }
 
 }  // namespace flatten::cuda::tensorcore

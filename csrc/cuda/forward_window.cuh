@@ -180,7 +180,6 @@ __device__ __forceinline__ void pack_window_state(uint32_t fragments, const Wind
 template <typename T, int kHeadDim, int kTaps, int kMode>
 __global__ void __launch_bounds__(max_threads(kHeadDim, kTaps))
     forward_window(const __grid_constant__ WindowParams params) {
-#if __CUDA_ARCH__ >= 800
   using Traits = WindowTraits<T, kHeadDim>;
   constexpr int kPartners = Traits::kPartners, kHalo = kTaps / 2;
   extern __shared__ __align__(128) unsigned char shared[];
@@ -380,7 +379,6 @@ __global__ void __launch_bounds__(max_threads(kHeadDim, kTaps))
                           lane_taps.step, biases, turn, limit, to);
     });
   }
-#endif
 }
 
 }  // namespace flatten::cuda::tensorcore

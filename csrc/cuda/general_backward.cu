@@ -60,12 +60,14 @@ struct BackwardPlan {
     plan.matrix_blocks = 1;
     const Tiling queries = linear_tiling(g.window_queries());
     call.queries = side_of(queries, plan, pairs, device, Prefer::kGroups);
-    const Tiling keys = params.taps ? map_tiling(g) : linear_tiling(g.window_keys());
+    const Tiling keys = params.taps ? map_tiling(g, params.taps, device) : linear_tiling(g.window_keys());
     call.keys = side_of(keys, plan, pairs, device, Prefer::kChunks);
-    on_tensor_cores = tensorcore::takes(params, device);
-    if (on_tensor_cores) {
-      rows = tensorcore::backward_rows(params, device);
-      call.queries.chunks = rows.chunks;
+    if constexpr (tensorcore::kBuilt) {
+      on_tensor_cores = tensorcore::takes(params, device);
+      if (on_tensor_cores) {
+        rows = tensorcore::backward_rows(params, device);
+        call.queries.chunks = rows.chunks;
+      }
     }
     const bool ask_taps = params.grad_weight || params.grad_bias;
     taps = plan_taps(g, plan, params.taps, ask_taps && rows.taps == 0, device);
@@ -168,19 +170,24 @@ cudaError_t launch(const AttentionBackward& params, const Device& device, void* 
   void* state_scratch = nullptr;
   plan.place(workspace, device, &state_scratch);
   cudaError_t error = cudaSuccess;
-  if (plan.call.attention && !params.state) {
-    void* state = const_cast<void*>(plan.call.state);
-    error = plan.on_tensor_cores
-                ? tensorcore::launch_state(params, static_cast<float*>(state), device, stream)
-                : launch_state(params, state, device, state_scratch, stream);
-  }
-  if (error == cudaSuccess && plan.on_tensor_cores) {
-    error = tensorcore::launch(
-        params, device,
-        {static_cast<const float*>(plan.call.state), static_cast<float*>(plan.call.grad_state),
-         static_cast<float*>(plan.call.grad_partials), static_cast<float*>(plan.call.scale_partials),
-         static_cast<float*>(plan.rows.taps > 0 ? plan.taps.partials : nullptr)},
-        stream);
+  const bool state_missing = plan.call.attention && !params.state;
+  void* state = const_cast<void*>(plan.call.state);
+  if (plan.on_tensor_cores) {
+    if constexpr (tensorcore::kBuilt) {
+      if (state_missing) {
+        error = tensorcore::launch_state(params, static_cast<float*>(state), device, stream);
+      }
+      if (error == cudaSuccess) {
+        error = tensorcore::launch(
+            params, device,
+            {static_cast<const float*>(state), static_cast<float*>(plan.call.grad_state),
+             static_cast<float*>(plan.call.grad_partials), static_cast<float*>(plan.call.scale_partials),
+             static_cast<float*>(plan.rows.taps > 0 ? plan.taps.partials : nullptr)},
+            stream);
+      }
+    }
+  } else if (state_missing) {
+    error = launch_state(params, state, device, state_scratch, stream);
   }
   return with_element(params.dtype, [&](auto e) {
     using T = decltype(e);

@@ -10,10 +10,13 @@
 
 namespace flatten::cuda {
 
+constexpr int kLeastCapability = 75;  // what the general kernels are compiled for at the least
+
 /// The device a call runs on: what schedules depend on.
 struct Device {
   int multiprocessors = 1;
-  int compute_capability = 75;            // 10 * major + minor
+  int compute_capability =
+      kLeastCapability;                   // 10 * major + minor; no more than what the library was built for
   std::int64_t shared_bytes = 48 * 1024;  // a block's limit after opt-in
 };
 

@@ -3,6 +3,11 @@
 // 2t + 8, 2t + 9 of the long axis), two 16-bit numbers to a register, the lower index in the lower half.
 #pragma once
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error \
+    "The tensor-core kernels are compiled for compute capability 8.0 and later only (setup.py, CMakeLists.txt)."
+#endif
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 

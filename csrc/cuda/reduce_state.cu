@@ -1,4 +1,6 @@
-// The ordered reduction between forward_state and forward_output.
+// The ordered reduction between forward_state and forward_output; and, as the smallest of the tensor-core
+// kernels, the one by which it is found out whether they can run.
+#include "tensorcore.h"
 #include "tensorcore_params.h"
 
 namespace flatten::cuda::tensorcore {
@@ -17,6 +19,24 @@ __global__ void reduce_state_kernel(const float* partial, float* state, int chun
 }
 
 }  // namespace
+
+cudaError_t find_image(bool* found) {
+  // Changes nothing, since the kernel has no dynamic shared memory, but needs the kernel to be loaded. All
+  // tensor-core kernels are compiled for the same architectures.
+  const cudaError_t error =
+      cudaFuncSetAttribute(reduce_state_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 0);
+  *found = error == cudaSuccess;
+  switch (error) {
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorInvalidPtx:
+    case cudaErrorUnsupportedPtxVersion:
+      cudaGetLastError();  // not to be found by the next one who asks
+      return cudaSuccess;
+    default:
+      return error;
+  }
+}
 
 cudaError_t reduce_state(const float* partial, float* state, int windows, int chunks, int64_t size,
                          cudaStream_t stream) {

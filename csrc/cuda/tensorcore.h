@@ -6,6 +6,17 @@
 
 namespace flatten::cuda::tensorcore {
 
+/// Whether this library has them: a build for no architecture from 8.0 on leaves them out.
+#ifdef FLATTEN_WITHOUT_TENSOR_CORES
+constexpr bool kBuilt = false;
+#else
+constexpr bool kBuilt = true;
+#endif
+
+/// Whether they can run on the current device. A library for "7.5+PTX;8.6" runs on 8.0 too, but without them:
+/// there is machine code of theirs for 8.6 alone.
+cudaError_t find_image(bool* found);
+
 /// Head dimensions 16, 32, 64 and 128 in channels that are a multiple of 32, up to 384 (256 from head
 /// dimension 64 on); no prefix tokens; taps absent or square of 3, 5 or 7; rows aligned to 16 bytes.
 bool takes(const AttentionForward& params, const Device& device);
