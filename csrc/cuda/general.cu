@@ -13,6 +13,16 @@ bool roomy(const Device& device) { return device.shared_bytes >= 96 * 1024; }
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
+bool has_wide_halo(const Taps& taps) { return std::max(taps.kernel_h, taps.kernel_w) > 5; }
+
+constexpr int kStagedScale = 1024;
+
+/// With 64 KiB, float64 and the halo of 7 x 7 taps leave no room for it.
+int staged_scale(const Geometry& g, Dtype dtype, const Taps& taps, const Device& device) {
+  if (!roomy(device) && (dtype == Dtype::kFloat64 || has_wide_halo(taps))) return 0;
+  return static_cast<int>(std::min<std::int64_t>(ceil_div(g.channels(), 4) * 4, kStagedScale));
+}
+
 bool aligned_rows(const void* data, std::int64_t batch_stride, std::int64_t token_stride, Dtype dtype) {
   const std::int64_t vector = 16 / element_size(dtype);
   return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && batch_stride % vector == 0 &&
@@ -28,7 +38,7 @@ bool aligned(const MutableTokens& t, Dtype dtype) {
   return aligned_rows(t.data, t.batch_stride, t.token_stride, dtype);
 }
 
-Plan plan_of(const Geometry& g, Dtype dtype, const Device& device) {
+Plan plan_of(const Geometry& g, Dtype dtype, const Taps& taps, const Device& device) {
   Plan plan;
   plan.map = {static_cast<int>(g.prefix),
               static_cast<int>(g.map_h),
@@ -43,6 +53,7 @@ Plan plan_of(const Geometry& g, Dtype dtype, const Device& device) {
   plan.heads = static_cast<int>(g.heads);
   plan.head_dim = static_cast<int>(g.head_dim);
   plan.channels = static_cast<int>(g.channels());
+  plan.staged_scale = staged_scale(g, dtype, taps, device);
   plan.blocks = static_cast<int>(ceil_div(g.head_dim, kWidth));
   plan.inverse_keys = 1.0 / static_cast<double>(g.window_keys());
   plan.resident = plan.blocks == 1 || (plan.blocks == 2 && dtype != Dtype::kFloat64 && roomy(device));
@@ -52,7 +63,7 @@ Plan plan_of(const Geometry& g, Dtype dtype, const Device& device) {
 }
 
 Plan plan_of(const AttentionInputs& in, const Device& device) {
-  Plan plan = plan_of(in.geometry, in.dtype, device);
+  Plan plan = plan_of(in.geometry, in.dtype, in.taps, device);
   for (const Tokens* t : {&in.query, &in.key, &in.value}) plan.vector = plan.vector && aligned(*t, in.dtype);
   const Parameter& bias = in.mapping.key_bias;
   plan.bias_vector = plan.vector && aligned_rows(bias.data, 0, in.geometry.channels(), bias.dtype);
@@ -64,11 +75,13 @@ Tiling linear_tiling(std::int64_t tokens) {
   return {static_cast<int>(tokens), tiles, 1, tiles, 6, 0, 0};
 }
 
-Tiling map_tiling(const Geometry& g) {
-  // 8 x 8 has the smallest border; 4 x 16 and 16 x 4 may fit the window in fewer tiles.
+Tiling map_tiling(const Geometry& g, const Taps& taps, const Device& device) {
+  // 8 x 8 has the smallest border; 4 x 16 and 16 x 4 may fit the window in fewer tiles, but 64 KiB do not
+  // hold their border of 7 x 7 taps.
   int log_width = 3;
   std::int64_t best = 0;
   for (int candidate : {3, 4, 2}) {
+    if (candidate != 3 && has_wide_halo(taps) && !roomy(device)) continue;
     const std::int64_t tiles =
         ceil_div(g.window_w, 1 << candidate) * ceil_div(g.window_h, kSlots >> candidate);
     if (best == 0 || tiles < best) {
@@ -119,10 +132,10 @@ ForwardCall plan_forward(const AttentionForward& params, const Device& device, b
   call.state_only = state_only;
   const std::int64_t pairs = g.batch * g.windows();
   const Tiling keys = linear_tiling(g.window_keys());
-  const Tiling queries = params.taps ? map_tiling(g) : linear_tiling(g.window_queries());
+  const Tiling queries = params.taps ? map_tiling(g, params.taps, device) : linear_tiling(g.window_queries());
   call.small = !state_only && g.window_keys() <= kChunkSlots && queries.tiles <= kChunkTiles &&
                call.plan.resident && params.dtype != Dtype::kFloat64 &&
-               (roomy(device) || std::max(params.taps.kernel_h, params.taps.kernel_w) <= 5);
+               (roomy(device) || !has_wide_halo(params.taps));
   const Prefer prefer = call.small ? Prefer::kOneChunk : Prefer::kGroups;
   call.keys = side_of(keys, call.plan, pairs, device, prefer);
   call.queries = side_of(queries, call.plan, pairs, device, call.small ? prefer : Prefer::kChunks);

@@ -23,6 +23,7 @@ struct Plan {
   TokenMap map;
   int windows = 1;  // per image
   int heads = 1, head_dim = 1, channels = 1;
+  int staged_scale = 0;      // channels whose 1 / scale is kept in shared memory; divided in place beyond
   int blocks = 1;            // column blocks of a head
   double inverse_keys = 1;   // 1 / M
   bool resident = false;     // shared memory holds all of a head's matrix blocks

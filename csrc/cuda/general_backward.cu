@@ -18,7 +18,7 @@ TapsCall plan_taps(const Geometry& g, const Plan& plan, const Taps& taps, bool a
   call.plan = plan;
   call.chunks = 0;
   if (!asked) return call;
-  call.tiling = map_tiling(g);
+  call.tiling = map_tiling(g, taps, device);
   call.tiles = g.batch * g.windows() * call.tiling.tiles;
   // Few enough chunks that their partial sums stay small beside the tokens.
   const std::int64_t chunks = std::clamp<std::int64_t>(
@@ -129,7 +129,7 @@ struct BackwardPlan {
 };
 
 Plan plan_conv(const ConvInputs& in, const Device& device) {
-  Plan plan = plan_of(in.geometry, in.dtype, device);
+  Plan plan = plan_of(in.geometry, in.dtype, in.taps, device);
   plan.vector = in.geometry.channels() % (16 / element_size(in.dtype)) == 0 && aligned(in.x, in.dtype);
   return plan;
 }
@@ -140,7 +140,7 @@ ConvCall conv_call(const ConvInputs& in, const Tokens& from, const MutableTokens
   call.taps = in.taps;
   call.plan = plan_conv(in, device);
   call.plan.vector = call.plan.vector && aligned(from, in.dtype) && aligned(to, in.dtype);
-  call.tiling = map_tiling(in.geometry);
+  call.tiling = map_tiling(in.geometry, in.taps, device);
   call.batch = in.geometry.batch;
   call.in = from;
   call.out = to;

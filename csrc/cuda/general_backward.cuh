@@ -24,9 +24,7 @@ template <class A>
 struct BackwardShared {
   static constexpr int kOuter =
       2 * kTileElements > OuterProduct<A>::kScratch ? 2 * kTileElements : OuterProduct<A>::kScratch;
-  static int common(const Plan& p) {
-    return Rows<A>::kElements + staged_scale(p.channels) + p.blocks * kWidth + 16;
-  }
+  static int common(const Plan& p) { return Rows<A>::kElements + p.staged_scale + p.blocks * kWidth + 16; }
   static int sums(const Plan& p) {
     return common(p) + p.matrix_blocks * kMatrixElements + 2 * kChunkSlots + kOuter;
   }
@@ -51,7 +49,8 @@ __global__ void __launch_bounds__(kThreads) sum_queries(const __grid_constant__ 
 
   const Rows<A> rows(arena.take(Rows<A>::kElements));
   rows.find(plan.map, call.queries.tiling, at.window, first, tiles);
-  const Focus<T> focus(call.params, plan.channels, plan.bias_vector, arena.take(staged_scale(plan.channels)));
+  const Focus<T> focus(call.params, plan.channels, plan.staged_scale, plan.bias_vector,
+                       arena.take(plan.staged_scale));
   A* m = arena.take(plan.blocks * kWidth);
   A* matrices = arena.take(plan.matrix_blocks * kMatrixElements);
   A *inverse_denominator = arena.take(kChunkSlots), *minus_share = arena.take(kChunkSlots);
@@ -226,7 +225,8 @@ __global__ void __launch_bounds__(kThreads) gradient_of_query(const __grid_const
 
   const Rows<A> rows(arena.take(Rows<A>::kElements));
   rows.find(plan.map, call.queries.tiling, at.window, first, tiles);
-  const Focus<T> focus(call.params, plan.channels, plan.bias_vector, arena.take(staged_scale(plan.channels)));
+  const Focus<T> focus(call.params, plan.channels, plan.staged_scale, plan.bias_vector,
+                       arena.take(plan.staged_scale));
   A* m = arena.take(plan.blocks * kWidth);
   A* matrices = arena.take(plan.matrix_blocks * kMatrixElements);
   A *inverse_denominator = arena.take(kChunkSlots), *share = arena.take(kChunkSlots);

@@ -18,7 +18,8 @@ __global__ void __launch_bounds__(kThreads) gradient_of_key(const __grid_constan
 
   const Rows<A> rows(arena.take(Rows<A>::kElements));
   rows.find(plan.map, call.keys.tiling, at.window, first, tiles);
-  const Focus<T> focus(call.params, plan.channels, plan.bias_vector, arena.take(staged_scale(plan.channels)));
+  const Focus<T> focus(call.params, plan.channels, plan.staged_scale, plan.bias_vector,
+                       arena.take(plan.staged_scale));
   A* dm = arena.take(plan.blocks * kWidth);
   A* transposed = arena.take(plan.matrix_blocks * kMatrixElements);
   A* matrices = arena.take(plan.matrix_blocks * kMatrixElements);

@@ -42,15 +42,8 @@ struct Power {
   }
 };
 
-/// Channels of `scale` whose inverse a block keeps in shared memory; further ones are divided by in place.
-inline constexpr int kStagedScale = 1024;
-
 /// Lanes that measure a row together.
 inline constexpr int kRowLanes = 8;
-
-__host__ __device__ constexpr int staged_scale(int channels) {
-  return channels < kStagedScale ? (channels + 3) / 4 * 4 : kStagedScale;
-}
 
 template <class T>
 struct Focus {
@@ -59,20 +52,21 @@ struct Focus {
   Mapping mapping;
   Power<T> power;
   A eps;
-  const A* inverse_scale;  // shared memory, staged_scale(channels) elements
-  int channels;
+  const A* inverse_scale;  // shared memory, `staged` elements
+  int staged, channels;
   bool bias_vector;  // key_bias can be read in vectors
 
-  __device__ Focus(const AttentionInputs& in, int channels, bool bias_vector, A* shared)
+  __device__ Focus(const AttentionInputs& in, int channels, int staged, bool bias_vector, A* shared)
       : mapping(in.mapping),
         power{0, static_cast<A>(in.mapping.focusing_factor)},
         eps(static_cast<A>(in.eps)),
         inverse_scale(shared),
+        staged(staged),
         channels(channels),
         bias_vector(bias_vector) {
     const A p = power.p;
     power.whole = p == 1 || p == 2 || p == 3 || p == 4 ? static_cast<int>(p) : 0;
-    for (int c = threadIdx.x; c < staged_scale(channels); c += kThreads) {
+    for (int c = threadIdx.x; c < staged; c += kThreads) {
       shared[c] = mapping.scale.data && c < channels ? 1 / load_parameter<T>(mapping.scale, c) : A(1);
     }
     __syncthreads();
@@ -81,7 +75,7 @@ struct Focus {
   /// 1 / scale of N adjacent channels.
   template <int N>
   __device__ __forceinline__ void load_scale(int c, A (&to)[N]) const {
-    if (c % N == 0 && c + N <= staged_scale(channels)) {
+    if (c % N == 0 && c + N <= staged) {
       load_pack<N>(inverse_scale + c, to);
     } else {
 #pragma unroll

@@ -16,7 +16,7 @@ namespace flatten::cuda::general {
 /// Shared memory of a block, in elements: what host and kernels agree on.
 template <class A>
 struct ForwardShared {
-  static int common(const Plan& p) { return Rows<A>::kElements + staged_scale(p.channels) + 8; }
+  static int common(const Plan& p) { return Rows<A>::kElements + p.staged_scale + 8; }
   static constexpr int kOuter =
       2 * kTileElements > OuterProduct<A>::kScratch ? 2 * kTileElements : OuterProduct<A>::kScratch;
   static int keys(const Plan& p) { return common(p) + kOuter; }
@@ -85,7 +85,8 @@ __global__ void __launch_bounds__(kThreads) sum_keys(const __grid_constant__ For
 
   const Rows<A> rows(arena.take(Rows<A>::kElements));
   rows.find(plan.map, call.keys.tiling, at.window, call.keys.first_tile(at.chunk), tiles);
-  const Focus<T> focus(call.params, plan.channels, plan.bias_vector, arena.take(staged_scale(plan.channels)));
+  const Focus<T> focus(call.params, plan.channels, plan.staged_scale, plan.bias_vector,
+                       arena.take(plan.staged_scale));
   const Reader<T> key = reader<T>(call.params.key, at.batch, plan.vector);
   const Reader<T> value = reader<T>(call.params.value, at.batch, plan.vector);
   focus.measure(key, true, rows, tiles * kSlots);
@@ -195,7 +196,8 @@ __global__ void __launch_bounds__(kThreads) attend(const __grid_constant__ Forwa
 
   const Rows<A> rows(arena.take(Rows<A>::kElements));
   rows.find(plan.map, call.queries.tiling, at.window, first, tiles);
-  const Focus<T> focus(call.params, plan.channels, plan.bias_vector, arena.take(staged_scale(plan.channels)));
+  const Focus<T> focus(call.params, plan.channels, plan.staged_scale, plan.bias_vector,
+                       arena.take(plan.staged_scale));
   const AttendShared<A> work(arena, plan);
   focus.measure(reader<T>(call.params.query, at.batch, plan.vector), false, rows, tiles * kSlots);
   for (int head = at.first_head; head < at.last_head; ++head) {
@@ -217,7 +219,8 @@ __global__ void __launch_bounds__(kThreads) attend_small(const __grid_constant__
   const Rows<A> keys(arena.take(Rows<A>::kElements)), queries(arena.take(Rows<A>::kElements));
   keys.find(plan.map, call.keys.tiling, at.window, 0, key_tiles);
   queries.find(plan.map, call.queries.tiling, at.window, 0, query_tiles);
-  const Focus<T> focus(call.params, plan.channels, plan.bias_vector, arena.take(staged_scale(plan.channels)));
+  const Focus<T> focus(call.params, plan.channels, plan.staged_scale, plan.bias_vector,
+                       arena.take(plan.staged_scale));
   const AttendShared<A> work(arena, plan);
   const Reader<T> key = reader<T>(call.params.key, at.batch, plan.vector);
   const Reader<T> value = reader<T>(call.params.value, at.batch, plan.vector);

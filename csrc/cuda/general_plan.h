@@ -26,12 +26,12 @@ bool aligned(const Tokens& tokens, Dtype dtype);
 bool aligned(const MutableTokens& tokens, Dtype dtype);
 
 /// The plan of a geometry, with `vector` as far as its shape goes.
-Plan plan_of(const Geometry& geometry, Dtype dtype, const Device& device);
+Plan plan_of(const Geometry& geometry, Dtype dtype, const Taps& taps, const Device& device);
 /// The plan of an attention call, with `vector` as far as its inputs go.
 Plan plan_of(const AttentionInputs& inputs, const Device& device);
 
 Tiling linear_tiling(std::int64_t tokens);
-Tiling map_tiling(const Geometry& geometry);
+Tiling map_tiling(const Geometry& geometry, const Taps& taps, const Device& device);
 
 /// What to do first when there are fewer thread blocks than the device holds: split the heads or the tokens.
 enum class Prefer { kGroups, kChunks, kOneChunk };
