@@ -16,7 +16,7 @@ Environment:
                              cuda_archs, see above, that the compiler knows, and PTX of the highest)
     CUDA_HOME                the CUDA toolkit (default: nvcc on PATH, then pip's nvidia-cuda-nvcc)
     MAX_JOBS                 parallel compilations (default: one per core)
-    FLATTEN_LINEINFO=1       source lines in the CUDA library, for profilers; it becomes several times as large
+    FLATTEN_LINEINFO=1       source lines in the CUDA library, for profilers; several times as large
     FLATTEN_SANITIZE=address instrument the CPU library, for tests/sanitizer.sh
 """
 

@@ -49,6 +49,10 @@ struct Checker {
     expect(t.layout() == torch::headeronly::Layout::Strided, name, " is not a dense strided tensor");
     expect(t.dim() == 3, name, " has shape ", show(t.sizes()),
            ", expected 3 dimensions (batch, tokens, channels)");
+    // The CUDA kernels number the tokens of an image in 32 bits.
+    expect(t.device().type() != DeviceType::CUDA || t.size(1) <= std::numeric_limits<std::int32_t>::max(),
+           name, " has shape ", show(t.sizes()), ", expected at most ",
+           std::numeric_limits<std::int32_t>::max(), " tokens on CUDA");
     const std::optional<Dtype> dtype = dtype_of(scalar_type_of(t));
     expect(dtype.has_value(), name, " has dtype ", show(scalar_type_of(t)),
            ", expected float32, float16, bfloat16 or float64");

@@ -149,9 +149,10 @@ bool takes(const AttentionBackward& p, const Device& device) {
   }
   const int channels = static_cast<int>(p.geometry.channels());
   if (channels > max_threads(static_cast<int>(p.geometry.head_dim))) return false;  // launch_state
+  if (p.geometry.windows() > kMostBlocks) return false;                             // launch_state
   const Plan plan = plan_of(p, device);
   if (plan.groups) return true;
-  return channels <= kBackwardThreads &&
+  return channels <= kBackwardThreads && plan.windows <= kMostBlocks &&
          kernels.passes->query_shared(channels, plan.chunks.groups) <= device.shared_bytes &&
          kernels.passes->key_shared(plan.taps, channels, plan.strips.patches, p.taps.per_channel) <=
              device.shared_bytes;

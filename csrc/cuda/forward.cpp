@@ -90,7 +90,7 @@ bool takes(const AttentionForward& p, const Device& device) {
   const Geometry& g = p.geometry;
   if (!kernels || !suits(p, device) || !aligned(p.out)) return false;
   const int channels = static_cast<int>(g.channels()), head_dim = static_cast<int>(g.head_dim);
-  if (channels > max_threads(head_dim)) return false;
+  if (channels > max_threads(head_dim) || g.batch * g.windows() > kMostBlocks) return false;
   const Plan plan = plan_of(p, device, *kernels);
   const int warps = channels / std::max(kSliceChannels, head_dim) * plan.strips.patches;
   return warps * 32 <= max_threads(head_dim, plan.taps) &&
@@ -146,11 +146,24 @@ cudaError_t launch(const AttentionForward& p, const Device& device, void* worksp
 
 cudaError_t launch_state(const AttentionInputs& p, float* state, const Device& device, cudaStream_t stream) {
   const Geometry& g = p.geometry;
-  const int windows = static_cast<int>(g.batch * g.windows()), channels = static_cast<int>(g.channels());
-  Chunks whole(static_cast<int>(g.window_keys()), windows,
-               max_threads(static_cast<int>(g.head_dim)) / channels, device);
-  whole.chunk = static_cast<int>(g.window_keys());
-  return kernels_of(p)->state(state_params_of(p, grid_of(g), whole, state), 1, windows, stream);
+  const ForwardKernels& kernels = *kernels_of(p);
+  const int groups = max_threads(static_cast<int>(g.head_dim)) / static_cast<int>(g.channels());
+  // Small windows may be more than a grid has blocks in y: then some images at a time.
+  const std::int64_t most = std::max<std::int64_t>(1, kMostBlocks / g.windows());
+  for (std::int64_t image = 0; image < g.batch; image += most) {
+    AttentionInputs part = p;
+    part.geometry.batch = std::min(most, g.batch - image);
+    for (Tokens* x : {&part.key, &part.value}) {
+      x->data = static_cast<const char*>(x->data) + image * x->batch_stride * element_size(p.dtype);
+    }
+    const int windows = static_cast<int>(part.geometry.batch * g.windows());
+    Chunks whole(static_cast<int>(g.window_keys()), windows, groups, device);
+    whole.chunk = static_cast<int>(g.window_keys());
+    float* to = state + image * window_state_elements(g) * g.windows();
+    const cudaError_t error = kernels.state(state_params_of(part, grid_of(g), whole, to), 1, windows, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace flatten::cuda::tensorcore

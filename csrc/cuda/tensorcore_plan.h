@@ -11,11 +11,13 @@ namespace flatten::cuda::tensorcore {
 
 inline bool aligned(const void* data) { return reinterpret_cast<std::uintptr_t>(data) % 16 == 0; }
 
-inline bool aligned(const Tokens& x) {
-  return aligned(x.data) && x.batch_stride % 8 == 0 && x.token_stride % 8 == 0;
-}
-
 constexpr std::int64_t kMany = std::int64_t{1} << 30;  // what counts in 32 bits, with room
+constexpr std::int64_t kMostBlocks = 65535;            // of a grid in y and z
+
+/// Rows of 16 bytes each, at a stride of which the kernels hold the bytes in 32 bits.
+inline bool aligned(const Tokens& x) {
+  return aligned(x.data) && x.batch_stride % 8 == 0 && x.token_stride % 8 == 0 && x.token_stride < kMany;
+}
 
 constexpr int ceil_div(std::int64_t a, std::int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
@@ -65,7 +67,7 @@ inline bool suits(const AttentionInputs& p, const Device& device) {
   const Geometry& g = p.geometry;
   if (device.compute_capability < 80 || g.prefix != 0 || g.batch < 1 || g.queries < 1) return false;
   if (g.channels() % kSliceChannels != 0) return false;
-  if (g.queries > kMany || g.keys > kMany || g.batch * g.windows() > 65535) return false;
+  if (g.queries > kMany || g.keys > kMany || g.batch * g.windows() > kMany) return false;
   const int taps = taps_of(p);
   if (p.taps && (p.taps.kernel_h != p.taps.kernel_w || (taps != 3 && taps != 5 && taps != 7))) return false;
   for (const Tokens* x : {&p.query, &p.key, &p.value}) {
@@ -76,12 +78,12 @@ inline bool suits(const AttentionInputs& p, const Device& device) {
 
 /// Into how many blocks to cut each of `pieces` equal pieces of work, `steps` steps long: the fewest of those
 /// that are done first, where a multiprocessor works on one block at a time.
-inline int blocks_of(int steps, int pieces, const Device& device) {
+inline int blocks_of(int steps, std::int64_t pieces, const Device& device) {
   const int most = std::min(ceil_div(device.multiprocessors, pieces), steps);
   int best = 1;
   std::int64_t least = kMany;
   for (int blocks = 1; blocks <= most; ++blocks) {
-    const std::int64_t waves = ceil_div(std::int64_t{pieces} * blocks, device.multiprocessors);
+    const std::int64_t waves = ceil_div(pieces * blocks, device.multiprocessors);
     const std::int64_t time = waves * ceil_div(steps, blocks);
     if (time < least) least = time, best = blocks;
   }
@@ -110,7 +112,7 @@ struct Strips {
     while (patches > 1 && !fits(patches)) --patches;
     strips = ceil_div(grid.window_w, patches * kPatchColumns);
     const int steps = ceil_div(grid.window_h, kStepRows);
-    rows = ceil_div(steps, blocks_of(steps, strips * windows, device)) * kStepRows;
+    rows = ceil_div(steps, blocks_of(steps, std::int64_t{strips} * windows, device)) * kStepRows;
     runs = ceil_div(grid.window_h, rows);
   }
 };
