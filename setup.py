@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -328,6 +329,7 @@ def ninja() -> str:
     return str(Path(BIN_DIR) / "ninja")
 
 
+runpy.run_path(str(CSRC / "cuda" / "make_units.py"))["write"]()
 libflatten_sources = [*sources("host_sources", "cpu_sources", "cpu_kernel_sources"), *isa_flags()]
 setuptools.setup(
     ext_modules=[

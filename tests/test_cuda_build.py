@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from setup_py import load_setup_py
 
 import flatten_ext
 
+ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = Path(flatten_ext.__file__).parent / "lib" / "libflatten_cuda.so"
 ARCHITECTURES = [80, 90]
 # Without machine code for an architecture: the units of the shapes the paper's models have, and those whose
@@ -179,3 +181,11 @@ def test_the_library_can_be_shipped():
     if not LIBRARY.exists():
         pytest.skip("this build has no CUDA kernels")
     assert LIBRARY.stat().st_size < 90e6
+
+
+def test_units_are_those_of_the_table():
+    """csrc/cuda/units/ is in git: after a change of units.txt, make_units.py writes it anew."""
+    folder = ROOT / "csrc" / "cuda"
+    wanted = runpy.run_path(str(folder / "make_units.py"))["units"]()
+    assert {path.name: path.read_text() for path in (folder / "units").iterdir()} == wanted
+    assert len(wanted) == 55

@@ -1,5 +1,6 @@
-// What the host (attention.cpp) asks of the CUDA kernels: torch-free, so that kernels and their callers
-// meet at plain structs. dispatch.cpp answers these by choosing between the two implementations below.
+// What any host asks of the CUDA kernels: torch-free, so that kernels and their callers meet at plain
+// structs. Each of these functions chooses kernels and plans the call (choose.h). A host that wants both, as
+// register.cpp does, calls `choose` itself and has it done once.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -43,19 +44,5 @@ cudaError_t launch(const AttentionBackward& params, const Device& device, void* 
                    cudaStream_t stream);
 cudaError_t launch(const ConvForward& params, const Device& device, void* workspace, cudaStream_t stream);
 cudaError_t launch(const ConvBackward& params, const Device& device, void* workspace, cudaStream_t stream);
-
-/// Right for every call on every supported device (general.cu).
-namespace general {
-std::int64_t workspace_bytes(const AttentionForward& params, const Device& device);
-std::int64_t workspace_bytes(const AttentionBackward& params, const Device& device);
-std::int64_t workspace_bytes(const ConvForward& params, const Device& device);
-std::int64_t workspace_bytes(const ConvBackward& params, const Device& device);
-cudaError_t launch(const AttentionForward& params, const Device& device, void* workspace,
-                   cudaStream_t stream);
-cudaError_t launch(const AttentionBackward& params, const Device& device, void* workspace,
-                   cudaStream_t stream);
-cudaError_t launch(const ConvForward& params, const Device& device, void* workspace, cudaStream_t stream);
-cudaError_t launch(const ConvBackward& params, const Device& device, void* workspace, cudaStream_t stream);
-}  // namespace general
 
 }  // namespace flatten::cuda

@@ -9,7 +9,7 @@
 
 #include "../operators.h"
 #include "../torch_errors.h"
-#include "launch.h"
+#include "choose.h"
 
 namespace flatten::cuda {
 namespace {
@@ -27,9 +27,9 @@ struct Cuda {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
     Device device;
     STD_CUDA_CHECK(current_device(&device));
-    const std::int64_t bytes = workspace_bytes(params, device);
-    const Tensor workspace = empty_on_device_of(on_device, {(bytes + 7) / 8}, Dtype::kFloat64);
-    STD_CUDA_CHECK(launch(params, device, workspace.mutable_data_ptr(), static_cast<cudaStream_t>(stream)));
+    const Call call = choose(params, device);
+    const Tensor workspace = empty_on_device_of(on_device, {(call.workspace_bytes + 7) / 8}, Dtype::kFloat64);
+    STD_CUDA_CHECK(call.launch(workspace.mutable_data_ptr(), static_cast<cudaStream_t>(stream)));
   }
 };
 

@@ -1,8 +1,0 @@
-#include "backward_launch.cuh"
-
-namespace flatten::cuda::tensorcore {
-template <>
-const BackwardKernels& backward_kernels<Dtype::kBFloat16, 16>() {
-  return Backward<__nv_bfloat16, 16>::kKernels;
-}
-}  // namespace flatten::cuda::tensorcore

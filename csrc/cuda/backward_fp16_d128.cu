@@ -1,8 +1,0 @@
-#include "backward_launch.cuh"
-
-namespace flatten::cuda::tensorcore {
-template <>
-const BackwardKernels& backward_kernels<Dtype::kFloat16, 128>() {
-  return Backward<__half, 128>::kKernels;
-}
-}  // namespace flatten::cuda::tensorcore

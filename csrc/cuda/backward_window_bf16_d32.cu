@@ -1,8 +1,0 @@
-#include "backward_window_launch.cuh"
-
-namespace flatten::cuda::tensorcore {
-template <>
-const WindowGradientKernels& window_gradient_kernels<Dtype::kBFloat16, 32>() {
-  return BackwardWindow<__nv_bfloat16, 32>::kKernels;
-}
-}  // namespace flatten::cuda::tensorcore

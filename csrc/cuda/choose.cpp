@@ -1,0 +1,118 @@
+// The choice between the two implementations. FLATTEN_LOG=1 writes each to stderr.
+#include "choose.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+namespace flatten::cuda {
+namespace {
+
+bool is_logged() {
+  static const bool logged = [] {
+    const char* value = std::getenv("FLATTEN_LOG");
+    return value && std::strcmp(value, "0") != 0 && *value;
+  }();
+  return logged;
+}
+
+const char* name(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat64:
+      return "float64";
+    case Dtype::kFloat32:
+      return "float32";
+    case Dtype::kBFloat16:
+      return "bfloat16";
+    case Dtype::kFloat16:
+      return "float16";
+  }
+  return "unknown dtype";
+}
+
+const char* name(const AttentionForward&) { return "attention"; }
+const char* name(const AttentionBackward&) { return "attention_backward"; }
+const char* name(const ConvForward&) { return "depthwise_conv"; }
+const char* name(const ConvBackward&) { return "depthwise_conv_backward"; }
+
+/// "flatten.attention: bfloat16 (2, 3136, 96), 3 heads, 64 windows: tensorcore::forward_window"
+template <class Params>
+Call logged(Call call, const Params& params) {
+  if (!is_logged()) return call;
+  const Geometry& g = params.geometry;
+  const auto number = [](std::int64_t x) { return static_cast<long long>(x); };
+  std::fprintf(stderr, "flatten.%s: %s (%lld, %lld, %lld), %lld heads, %lld windows: %s%s%s\n", name(params),
+               name(params.dtype), number(g.batch), number(g.queries), number(g.channels()), number(g.heads),
+               number(g.windows()), call.kernels, call.why_general ? ", not on tensor cores: " : "",
+               call.why_general ? call.why_general : "");
+  return call;
+}
+
+template <class Params>
+Call choose_attention(const Params& params, const Device& device) {
+  const char* why = "this library was built for no GPU that has them";
+  if constexpr (tensorcore::kBuilt) {
+    if (Call call = tensorcore::choose(params, device)) {
+      return call;
+    } else {
+      why = call.why_general;
+    }
+  }
+  Call call = general::choose(params, device);
+  call.why_general = why;
+  return call;
+}
+
+}  // namespace
+
+Call choose(const AttentionForward& params, const Device& device) {
+  return logged(choose_attention(params, device), params);
+}
+
+Call choose(const AttentionBackward& params, const Device& device) {
+  return logged(choose_attention(params, device), params);
+}
+
+Call choose(const ConvForward& params, const Device& device) {
+  return logged(general::choose(params, device), params);
+}
+
+Call choose(const ConvBackward& params, const Device& device) {
+  return logged(general::choose(params, device), params);
+}
+
+std::int64_t workspace_bytes(const AttentionForward& params, const Device& device) {
+  return choose(params, device).workspace_bytes;
+}
+
+cudaError_t launch(const AttentionForward& params, const Device& device, void* workspace,
+                   cudaStream_t stream) {
+  return choose(params, device).launch(workspace, stream);
+}
+
+std::int64_t workspace_bytes(const AttentionBackward& params, const Device& device) {
+  return choose(params, device).workspace_bytes;
+}
+
+cudaError_t launch(const AttentionBackward& params, const Device& device, void* workspace,
+                   cudaStream_t stream) {
+  return choose(params, device).launch(workspace, stream);
+}
+
+std::int64_t workspace_bytes(const ConvForward& params, const Device& device) {
+  return choose(params, device).workspace_bytes;
+}
+
+cudaError_t launch(const ConvForward& params, const Device& device, void* workspace, cudaStream_t stream) {
+  return choose(params, device).launch(workspace, stream);
+}
+
+std::int64_t workspace_bytes(const ConvBackward& params, const Device& device) {
+  return choose(params, device).workspace_bytes;
+}
+
+cudaError_t launch(const ConvBackward& params, const Device& device, void* workspace, cudaStream_t stream) {
+  return choose(params, device).launch(workspace, stream);
+}
+
+}  // namespace flatten::cuda

@@ -1,0 +1,53 @@
+// Which kernels do a call: decided and planned here, once, for both directions.
+#pragma once
+
+#include <functional>
+
+#include "launch.h"
+
+namespace flatten::cuda {
+
+/// One call, planned.
+struct Call {
+  const char* kernels = nullptr;      // what does it; null: an implementation that does not take it
+  const char* why_general = nullptr;  // what kept the call from the tensor-core kernels; null: nothing did
+  std::int64_t workspace_bytes = 0;
+  /// As `launch` (launch.h), with a workspace of so many bytes.
+  std::function<cudaError_t(void* workspace, cudaStream_t stream)> launch;
+
+  explicit operator bool() const { return kernels != nullptr; }
+};
+
+Call choose(const AttentionForward& params, const Device& device);
+Call choose(const AttentionBackward& params, const Device& device);
+Call choose(const ConvForward& params, const Device& device);
+Call choose(const ConvBackward& params, const Device& device);
+
+/// Right for every call on every supported device.
+namespace general {
+Call choose(const AttentionForward& params, const Device& device);
+Call choose(const AttentionBackward& params, const Device& device);
+Call choose(const ConvForward& params, const Device& device);
+Call choose(const ConvBackward& params, const Device& device);
+}  // namespace general
+
+/// The tensor-core kernels for fp16 and bf16 on sm_80 and later.
+namespace tensorcore {
+
+/// Whether this library has them: a build for no architecture from 8.0 on leaves them out.
+#ifdef FLATTEN_WITHOUT_TENSOR_CORES
+constexpr bool kBuilt = false;
+#else
+constexpr bool kBuilt = true;
+#endif
+
+/// Whether they can run on the current device. A library for "7.5+PTX;8.6" runs on 8.0 too, but without them:
+/// there is machine code of theirs for 8.6 alone.
+cudaError_t find_image(bool* found);
+
+/// A call that they do not take comes back without kernels, but with the reason.
+Call choose(const AttentionForward& params, const Device& device);
+Call choose(const AttentionBackward& params, const Device& device);
+
+}  // namespace tensorcore
+}  // namespace flatten::cuda

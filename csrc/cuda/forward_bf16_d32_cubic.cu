@@ -1,8 +1,0 @@
-#include "forward_launch.cuh"
-
-namespace flatten::cuda::tensorcore {
-template <>
-const ForwardKernels& forward_kernels<Dtype::kBFloat16, 32, 3>() {
-  return Forward<__nv_bfloat16, 32, 3>::kKernels;
-}
-}  // namespace flatten::cuda::tensorcore

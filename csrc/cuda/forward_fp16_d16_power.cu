@@ -1,8 +1,0 @@
-#include "forward_launch.cuh"
-
-namespace flatten::cuda::tensorcore {
-template <>
-const ForwardKernels& forward_kernels<Dtype::kFloat16, 16, kRuntimeMode>() {
-  return Forward<__half, 16, kRuntimeMode>::kKernels;
-}
-}  // namespace flatten::cuda::tensorcore

@@ -1,7 +1,0 @@
-#include "forward_window_launch.cuh"
-
-template <>
-const flatten::cuda::tensorcore::WindowKernels& flatten::cuda::tensorcore::window_kernels<
-    flatten::Dtype::kFloat16, 32, flatten::cuda::tensorcore::kRuntimeMode>() {
-  return WindowLaunch<__half, 32, kRuntimeMode>::kKernels;
-}

@@ -1,4 +1,0 @@
-#include "general_backward_key.cuh"
-
-template cudaError_t flatten::cuda::general::launch_key_gradient<__nv_bfloat16>(const BackwardCall&,
-                                                                                cudaStream_t);

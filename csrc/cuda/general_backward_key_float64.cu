@@ -1,3 +1,0 @@
-#include "general_backward_key.cuh"
-
-template cudaError_t flatten::cuda::general::launch_key_gradient<double>(const BackwardCall&, cudaStream_t);

@@ -1,9 +1,0 @@
-#include "general_conv_launch.cuh"
-
-namespace flatten::cuda::general {
-
-template cudaError_t launch_conv<__half>(const ConvCall&, cudaStream_t);
-template cudaError_t launch_taps<__half>(const TapsCall&, cudaStream_t);
-template cudaError_t launch_parameters<__half>(const ParameterCall&, cudaStream_t);
-
-}  // namespace flatten::cuda::general

@@ -1,3 +1,0 @@
-#include "general_forward_launch.cuh"
-
-template cudaError_t flatten::cuda::general::launch_small<__half>(const ForwardCall&, cudaStream_t);

@@ -1,0 +1,9 @@
+// Made by make_units.py from units.txt.
+#include "../tensorcore/launch.cuh"
+
+namespace flatten::cuda::tensorcore {
+template <>
+const ForwardKernels& forward_kernels<Dtype::kBFloat16, 16, kRuntimeMode>() {
+  return Forward<__nv_bfloat16, 16, kRuntimeMode>::kKernels;
+}
+}  // namespace flatten::cuda::tensorcore

@@ -1,0 +1,7 @@
+// Made by make_units.py from units.txt.
+#include "../general/launch.cuh"
+
+namespace flatten::cuda::general {
+template cudaError_t launch_key_taps<float, 7>(const BackwardCall&, cudaStream_t);
+template cudaError_t launch_key_taps<float, kAnyTaps>(const BackwardCall&, cudaStream_t);
+}  // namespace flatten::cuda::general
