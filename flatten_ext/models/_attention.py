@@ -8,13 +8,22 @@ from torch import Tensor, nn
 
 from .._focused import FocusedAttention, Size
 
-__all__ = ["FocusedAttention", "PackedAttention", "PyramidAttention", "Size", "device_and_dtype"]
+__all__ = ["FocusedAttention", "PackedAttention", "PyramidAttention", "Size", "device_and_dtype", "to_map"]
 
 
 def device_and_dtype(module: nn.Module) -> dict[str, Any]:
     """The `device=` and `dtype=` that `module` was built with."""
     parameter = next(module.parameters())
     return {"device": parameter.device, "dtype": parameter.dtype}
+
+
+def to_map(tokens: Tensor, size: Size) -> Tensor:
+    """(B, H * W, C) tokens -> their map (B, C, H, W), channels_last, without a copy.
+
+    The tokens are viewed as (B, H, W, C) first. Split after a transposition, the batch axis of a single image
+    gets a stride by which convolutions take the map for a contiguous one: they copy it, and are slower.
+    """
+    return tokens.unflatten(1, (size[0], size[1])).permute(0, 3, 1, 2)
 
 
 class PackedAttention(FocusedAttention):
@@ -68,7 +77,7 @@ class PyramidAttention(FocusedAttention):
         """(B, H * W, C) tokens of the map `feat_size` -> (B, H * W, C)."""
         q, key_size, keys = self.q(x), None, x
         if self.sr is not None:
-            image = x.transpose(1, 2).unflatten(2, (feat_size[0], feat_size[1]))
+            image = to_map(x, feat_size)
             image = self.sr(image if self.pool is None else self.pool(image))
             key_size = image.shape[2:]
             keys = self.norm(image.flatten(2).transpose(1, 2))

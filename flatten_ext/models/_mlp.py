@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,8 @@ from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ._attention import Size
+from .._layers import is_plain, is_plain_conv
+from ._attention import Size, to_map
 
 __all__ = ["tile_mlps"]
 
@@ -47,20 +49,16 @@ class _TiledMlp(Mlp):
     """timm's MLP, by tiles of tokens."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not isinstance(self.fc1, nn.Linear) or not _may_tile(self, x):
+        if not _may_tile(self, x):
             return super().forward(x)
         tokens = x.reshape(-1, x.shape[-1])
-        token_bytes = self.fc1.out_features * x.element_size()
-        if torch.compiler.is_compiling():
-            few = tokens.shape[0] < _LEAST_TILES * _tokens_in_tile(token_bytes, threads=1)
-            if statically_known_true(few) or not _is_plain(self):
-                return super().forward(x)
-            return _as_operator(self, tokens).view(*x.shape[:-1], -1)
-        tile = _tokens_in_tile(token_bytes, torch.get_num_threads())
-        if tokens.shape[0] < _LEAST_TILES * tile:
+        token_bytes = self.fc1.out_features * _dtype(x).itemsize
+        # A graph does not know how many threads will run it.
+        threads = 1 if torch.compiler.is_compiling() else torch.get_num_threads()
+        few = tokens.shape[0] < _LEAST_TILES * _tokens_in_tile(token_bytes, threads)
+        if statically_known_true(few) or not _is_plain(self, x.device):
             return super().forward(x)
-        parts = [super(_TiledMlp, self).forward(part) for part in tokens.split(tile)]
-        return torch.cat(parts).view(*x.shape[:-1], -1)
+        return _in_tiles(self, tokens).view(*x.shape[:-1], -1)
 
 
 class _TiledConvMlp(MlpWithDepthwiseConv):
@@ -68,43 +66,63 @@ class _TiledConvMlp(MlpWithDepthwiseConv):
 
     def forward(self, x: Tensor, feat_size: Size) -> Tensor:
         if not _may_tile(self, x):
-            return super().forward(x, feat_size)
-        image_bytes = x.shape[1] * self.fc1.out_features * x.element_size()
-        if torch.compiler.is_compiling():
-            one_tile = x.shape[0] * image_bytes <= _IMAGES_TILE
-            if statically_known_true(one_tile) or not _is_plain(self):
-                return super().forward(x, feat_size)
-            relu = not isinstance(self.relu, nn.Identity)
-            return _as_operator(self, x, self.dwconv.weight, self.dwconv.bias, relu, feat_size)
-        split = x.split(_images_in_tile(image_bytes))
-        if len(split) == 1:
-            return super().forward(x, feat_size)
-        return torch.cat([super(_TiledConvMlp, self).forward(part, feat_size) for part in split])
+            return self._whole(x, feat_size)
+        image_bytes = x.shape[1] * self.fc1.out_features * _dtype(x).itemsize
+        one_tile = x.shape[0] * image_bytes <= _IMAGES_TILE
+        if statically_known_true(one_tile) or not _is_plain(self, x.device):
+            return self._whole(x, feat_size)
+        relu = not isinstance(self.relu, nn.Identity)
+        return _in_tiles(self, x, self.dwconv.weight, self.dwconv.bias, relu, feat_size)
+
+    def _whole(self, x: Tensor, feat_size: Size) -> Tensor:
+        """timm's forward, on a map that stays channels_last where the batch is one image."""
+        x = self.dwconv(self.relu(to_map(self.fc1(x), feat_size)))
+        x = self.drop(self.act(x.flatten(2).transpose(1, 2)))
+        return self.drop(self.fc2(x))
 
 
 _TILED: dict[type[nn.Module], type[nn.Module]] = {Mlp: _TiledMlp, MlpWithDepthwiseConv: _TiledConvMlp}
-# The layers whose classes and settings say all that they compute in inference.
-_PLAIN = (nn.Linear, nn.Conv2d, nn.GELU, nn.ReLU, nn.Identity, nn.Dropout)
 
 
-def _may_tile(mlp: nn.Module, x: Tensor) -> bool:
+def _may_tile(mlp: Any, x: Tensor) -> bool:
     return not (
         torch.compiler.is_exporting()
         or torch.jit.is_tracing()
         or torch.is_grad_enabled()
         or mlp.training
         or x.device.type != "cpu"
+        or type(mlp.fc1) is not nn.Linear
     )
 
 
-def _is_plain(mlp: nn.Module) -> bool:
-    """Whether the layers compute no more than the operator: no adapter, hook, dropout or other activation."""
+def _is_plain(mlp: Any, device: torch.device) -> bool:
+    """Whether the layers compute no more than the tiles: no adapter, hook, dropout, other activation, or
+    weight that is no plain tensor."""
+    for name, layer in mlp.named_children():
+        if type(layer) not in _PLAIN.get(name, ()) or layer.training or not is_plain(layer, device):
+            return False
+        if name == "dwconv" and not is_plain_conv(layer, mlp.fc1.out_features, device):
+            return False
+    return True
 
-    def plain(layer: nn.Module) -> bool:
-        does_more = layer.training or layer._forward_hooks or layer._forward_pre_hooks
-        return type(layer) in _PLAIN and not does_more
 
-    return type(mlp.act) is nn.GELU and all(plain(layer) for layer in mlp.children())
+# The layers, by their names in timm, whose classes and settings say all that they compute in inference.
+_PLAIN: dict[str, tuple[type[nn.Module], ...]] = {
+    "fc1": (nn.Linear,),
+    "relu": (nn.Identity, nn.ReLU),
+    "dwconv": (nn.Conv2d,),
+    "act": (nn.GELU,),
+    "drop": (nn.Dropout,),
+    "drop1": (nn.Dropout,),
+    "norm": (nn.Identity,),
+    "fc2": (nn.Linear,),
+    "drop2": (nn.Dropout,),
+}
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    """What the layers compute in: autocast's dtype where that is on."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
 def _tokens_in_tile(token_bytes: int, threads: int) -> int:
@@ -117,7 +135,7 @@ def _images_in_tile(image_bytes: int) -> int:
     return threads * max(1, _IMAGES_TILE // (threads * image_bytes))
 
 
-def _as_operator(
+def _in_tiles(
     mlp: Mlp | MlpWithDepthwiseConv,
     x: Tensor,
     conv_weight: Tensor | None = None,
@@ -125,12 +143,43 @@ def _as_operator(
     relu: bool = False,
     size: Size | None = None,
 ) -> Tensor:
-    """The MLP as one node of torch.compile's graph, in autocast's dtype where that is on."""
+    """The MLP by tiles, in autocast's dtype where that is on: to torch.compile one node of its graph."""
+    dtype = _dtype(x)
     tensors = [x, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, conv_weight, conv_bias]
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        tensors = [None if t is None else t.to(dtype) for t in tensors]
-    return mlp_in_tiles(*tensors, relu, size, mlp.act.approximate)
+    tensors = [None if t is None else t.to(dtype) for t in tensors]
+    run: Any = mlp_in_tiles if torch.compiler.is_compiling() else _by_tiles
+    return run(*tensors, relu, size, mlp.act.approximate)
+
+
+def _by_tiles(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    conv_weight: Tensor | None,
+    conv_bias: Tensor | None,
+    relu: bool,
+    size: Sequence[int] | None,
+    approximate: str,
+) -> Tensor:
+    row_bytes = math.prod(x.shape[1:-1]) * weight1.shape[0] * x.element_size()
+    if conv_weight is None:
+        tile = _tokens_in_tile(row_bytes, torch.get_num_threads())
+    else:
+        tile = _images_in_tile(row_bytes)
+
+    def through(part: Tensor) -> Tensor:
+        hidden = F.linear(part, weight1, bias1)
+        if conv_weight is not None and size is not None:
+            maps = to_map(hidden, size)
+            maps = F.conv2d(
+                maps.relu() if relu else maps, conv_weight, conv_bias, padding=1, groups=maps.shape[1]
+            )
+            hidden = maps.flatten(2).transpose(1, 2)
+        return F.linear(F.gelu(hidden, approximate=approximate), weight2, bias2)
+
+    return torch.cat([through(part) for part in x.split(tile)])
 
 
 @torch.library.custom_op("flatten::mlp_in_tiles", mutates_args=(), device_types="cpu")
@@ -159,22 +208,7 @@ def mlp_in_tiles(
     Returns:
         The shape of x with the channels of the second layer.
     """
-    row_bytes = math.prod(x.shape[1:-1]) * weight1.shape[0] * x.element_size()
-    if conv_weight is None:
-        tile = _tokens_in_tile(row_bytes, torch.get_num_threads())
-    else:
-        tile = _images_in_tile(row_bytes)
-    out = x.new_empty(*x.shape[:-1], weight2.shape[0])
-    for part, to in zip(x.split(tile), out.split(tile), strict=True):
-        hidden = F.linear(part, weight1, bias1)
-        if conv_weight is not None and size is not None:
-            maps = hidden.transpose(1, 2).unflatten(-1, size)
-            maps = F.conv2d(
-                maps.relu() if relu else maps, conv_weight, conv_bias, padding=1, groups=maps.shape[1]
-            )
-            hidden = maps.flatten(2).transpose(1, 2)
-        to.copy_(F.linear(F.gelu(hidden, approximate=approximate), weight2, bias2))
-    return out
+    return _by_tiles(x, weight1, bias1, weight2, bias2, conv_weight, conv_bias, relu, size, approximate)
 
 
 @mlp_in_tiles.register_fake

@@ -11,6 +11,7 @@ from timm.models import build_model_with_cfg, checkpoint
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from torch import Tensor, nn
 
+from ._attention import to_map
 from ._checkpoint import for_pretrained
 from ._mlp import tile_mlps
 from ._positions import Positions, module_positions
@@ -60,7 +61,7 @@ class PyramidStage(nn.Module):
         x = x.flatten(1, 2)
         for block in self.blocks:
             x = checkpoint(block, x, size) if self.grad_checkpointing else block(x, size)
-        return x.transpose(1, 2).unflatten(2, size)
+        return to_map(x, size)
 
 
 class Pyramid(PyramidVisionTransformerV2):

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as _timm_filter
 from torch import Tensor, nn
 
 from .._grids import KeepsGrid
-from ._attention import PackedAttention, Size
+from ._attention import PackedAttention, Size, to_map
 from ._checkpoint import for_pretrained, unwrap
 from ._mlp import tile_mlps
 from ._positions import Grid, Positions, metadata_of, module_positions, resample_positions
@@ -129,7 +129,7 @@ class FocusedTokens(KeepsGrid, VisionTransformer):
         prefix = [y[:, : self.num_prefix_tokens] for y in outputs]
         intermediates: list[Any] = [y[:, self.num_prefix_tokens :] for y in outputs]
         if output_fmt == "NCHW":
-            intermediates = [y.transpose(1, 2).unflatten(2, tuple(size)) for y in intermediates]
+            intermediates = [to_map(y, size) for y in intermediates]
         if return_prefix_tokens:
             intermediates = list(zip(intermediates, prefix, strict=True))
         return intermediates if intermediates_only else (self.norm(x), intermediates)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import timm
@@ -11,6 +12,10 @@ from families import SMALL, small
 from timm.layers import Mlp
 from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch._dynamo.testing import EagerAndRecordGraphs
+from torch.nn.modules.module import register_module_forward_hook
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from flatten_ext.models import _mlp
 from flatten_ext.tools.bench.timing import peak_memory
@@ -35,17 +40,91 @@ def test_tiles_change_nothing(family: str, monkeypatch) -> None:
     assert {type(m) for m in model.modules()} & set(_mlp._TILED.values())
     assert model.state_dict().keys() == plain.state_dict().keys()
     x = torch.randn(3, 3, 96, 64)
-    calls: list[int] = []
+    mlps = len([m for m in model.modules() if type(m) in _mlp._TILED.values()])
+    with torch.inference_mode(), _Linears() as tiled:
+        found = model(x)
+    with torch.inference_mode(), _Linears() as whole:
+        torch.testing.assert_close(found, plain(x))
+    assert tiled.count > whole.count + mlps
+    with torch.no_grad(), _Linears() as watched:  # by hooks, which see whole MLPs
+        for module in model.modules():
+            if isinstance(module, tuple(_mlp._TILED.values())):
+                module.fc1.register_forward_hook(lambda *_: None)
+        torch.testing.assert_close(model(x), found)
+    assert watched.count == whole.count
     for module in model.modules():
-        if isinstance(module, tuple(_mlp._TILED.values())):
-            module.fc1.register_forward_hook(lambda *_: calls.append(1))
-    with torch.inference_mode():
+        module._forward_hooks.clear()
+    with _Linears() as recorded:  # with gradients: whole
         torch.testing.assert_close(model(x), plain(x))
-    in_tiles, mlps = len(calls), len([m for m in model.modules() if type(m) in _mlp._TILED.values()])
-    assert in_tiles > mlps
-    calls.clear()
-    torch.testing.assert_close(model(x), plain(x))  # with gradients: whole
-    assert len(calls) == mlps
+    assert recorded.count == 2 * whole.count
+
+
+class _Linears(TorchFunctionMode):
+    """Counts the calls of linear layers."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.nn.functional.linear
+        return func(*args, **(kwargs or {}))
+
+
+LAYERS = {False: ("fc1", "act", "drop1", "norm", "fc2", "drop2"), True: ("fc1", "dwconv", "act", "fc2")}
+
+
+@pytest.mark.parametrize(("conv", "layer"), [(c, layer) for c in LAYERS for layer in LAYERS[c]])
+def test_hooks_see_the_batch_once(conv: bool, layer: str) -> None:
+    mlp, arguments = _tiled(conv)
+    with torch.no_grad():
+        expected = mlp(*arguments)
+        seen: list[tuple[int, ...]] = []
+        handle = mlp.get_submodule(layer).register_forward_hook(lambda _, __, out: seen.append(out.shape))
+        torch.testing.assert_close(mlp(*arguments), expected)
+        channels = 16 if layer in ("fc2", "drop2") else 512
+        assert seen == [(16, 512, 32, 32) if layer == "dwconv" else (16, 1024, channels)]
+        handle.remove()
+        seen.clear()
+        with register_module_forward_hook(lambda module, _, out: seen.append(out.shape)):
+            mlp(*arguments)
+        assert len(seen) == len(list(mlp.children())) + conv + 1  # PVTv2's dropout runs twice
+
+
+def test_a_flop_counter_counts_tiles() -> None:
+    """Its hooks on all modules only keep names."""
+    mlp, arguments = _tiled(conv=False)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, _Linears() as linears:
+        mlp(*arguments)
+    assert linears.count > 2
+    assert counter.get_total_flops() == 2 * 2 * 16 * 1024 * 16 * 512
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("conv", [False, True])
+def test_quantised_weights_are_left_to_their_layers(conv: bool, compiled: bool) -> None:
+    """As torchao's: tensor subclasses that know how to multiply, not how to be read."""
+    mlp, arguments = _tiled(conv)
+    with torch.no_grad():
+        expected = mlp(*arguments)
+        for layer in (mlp.fc1, mlp.fc2):
+            weight = layer.weight.detach()
+            layer.weight = torch.nn.Parameter(TwoTensor(weight, weight.clone()), requires_grad=False)
+        run = torch.compile(mlp, fullgraph=True, backend="aot_eager") if compiled else mlp
+        out = run(*arguments)
+    assert type(out) is TwoTensor
+    torch.testing.assert_close(out.a, expected)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_convolution_reads_channels_last(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A map of one image too, whose batch axis has any stride."""
+    mlp = MlpWithDepthwiseConv(16, 64, extra_relu=True)
+    plain = copy.deepcopy(mlp)
+    _mlp.tile_mlps(torch.nn.Sequential(mlp))
+    given: list[torch.Tensor] = []
+    mlp.dwconv.register_forward_pre_hook(lambda _, maps: given.extend(maps))
+    x = torch.randn(batch, 6 * 5, 16)
+    torch.testing.assert_close(mlp(x, (6, 5)), plain(x, (6, 5)))
+    assert given[0].stride() == (64 * 30, 1, 64 * 5, 64)
 
 
 @pytest.mark.parametrize("conv", [False, True])
