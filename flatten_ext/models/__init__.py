@@ -7,6 +7,7 @@ the published checkpoints into them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -57,5 +58,5 @@ def checkpoint_filter(model: nn.Module) -> Callable[..., dict[str, Any]]:
     """
     for family, filter_fn in _FILTERS.items():
         if isinstance(model, family):
-            return filter_fn
+            return partial(filter_fn, own=False)
     raise TypeError(f"{type(model).__name__} is not a model of flatten_ext.models")

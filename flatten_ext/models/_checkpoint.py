@@ -39,10 +39,10 @@ def for_pretrained(filter_fn: Callable[..., dict[str, Tensor]]) -> Callable[...,
     def load(state_dict: dict[str, Any], model: Any) -> dict[str, Tensor]:
         cfg = model.pretrained_cfg
         if not any(cfg.get(source) for source in ("url", "file", "hf_hub_id", "state_dict")):
-            return filter_fn(state_dict, model)
+            return filter_fn(state_dict, model, own=False)
         args = getattr(model, "pretrained_model_args", None) or {}
         size = args.get("img_size") or cfg["input_size"][1:]
-        return filter_fn(state_dict, model, hint=stem_grid(model, to_2tuple(size)))
+        return filter_fn(state_dict, model, hint=stem_grid(model, to_2tuple(size)), own=False)
 
     return load
 

@@ -109,6 +109,7 @@ def resample_positions(
     published: bool,
     grid: Grid | None = None,
     hint: Grid | None = None,
+    own: bool = True,
 ) -> dict[str, Tensor]:
     """Brings every learned position in `state_dict` to the model's size.
 
@@ -116,12 +117,12 @@ def resample_positions(
 
     1. what the metadata of the state_dict says, which torch.save keeps (`flatten_ext._grids`);
     2. what `grid` says;
-    3. what `hint` says, if it agrees with every number of tokens;
-    4. square, if the checkpoint has the public code's names: that code knows no other maps;
+    3. square, if the checkpoint has the public code's names: that code knows no other maps;
+    4. what `hint` says, if it agrees with every number of tokens;
     5. the only one there is: a single token, and keys pooled to 7 x 7.
 
-    Any other number of tokens fits more than one map, one of them not square, and is asked for. It is asked
-    for too where it is the model's own: 64 x 64 positions are as many as 32 x 128.
+    Any other number of tokens fits more than one map, one of them not square, and is asked for; without `own`
+    even where it is the model's own: 64 x 64 positions are as many as 32 x 128.
 
     Args:
         state_dict: parameters by the model's names.
@@ -130,6 +131,8 @@ def resample_positions(
         published: whether the checkpoint had the names of the public code.
         grid: height and width of the map of patches (stride 4 in pyramids, the patch size in DeiT).
         hint: the same, not of this file but of the configuration that came with it.
+        own: take what is not known for a state of this very model where it has as many positions, as
+            `load_state_dict` does; so timm's tests call a filter.
 
     Raises:
         ValueError: the map is not known, or what is known disagrees; it names parameter, tokens and maps.
@@ -141,15 +144,18 @@ def resample_positions(
         for entry in entries:
             known[entry.key] = _asserted(entry, lengths[entry.key], grid, known.get(entry.key), model)
     unknown = [entry for entry in entries if entry.key not in known]
-    if hint is not None and (maps := _all_fit(unknown, lengths, hint)) is not None:
-        known |= maps
-    elif published:
-        known |= _square(unknown, lengths)
+    maps = _square(unknown, lengths) if published else None
+    if maps is None and hint is not None:
+        maps = _all_fit(unknown, lengths, hint)
+    known |= maps or {}
     for entry in entries:
         if entry.key not in known:
-            only = _only(entry, lengths[entry.key])
+            length, built = lengths[entry.key], tuple(entry.owner.positions_grid())
+            only = _only(entry, length)
+            if only is None and own and entry.count(built) == length:
+                only = built
             if only is None:
-                raise ValueError(_question(entry, lengths[entry.key], model))
+                raise ValueError(_question(entry, length, model))
             known[entry.key] = only
     out = dict(state_dict)
     for entry in entries:
@@ -203,8 +209,8 @@ def _asserted(entry: Positions, length: int, grid: Grid, written: Grid | None, m
     return fitting
 
 
-def _square(entries: list[Positions], lengths: dict[str, int]) -> dict[str, Grid]:
-    """The maps of the public code, whose stem tiles a square."""
+def _square(entries: list[Positions], lengths: dict[str, int]) -> dict[str, Grid] | None:
+    """The maps of the public code, whose stem tiles a square; None if it does not."""
     if not entries:
         return {}
     found: list[dict[str, Grid]] = []
@@ -214,7 +220,7 @@ def _square(entries: list[Positions], lengths: dict[str, int]) -> dict[str, Grid
             found.append(maps)
         if found and maps is None:
             break
-    return found[0] if len(found) == 1 else {}
+    return found[0] if len(found) == 1 else None
 
 
 def _only(entry: Positions, length: int) -> Grid | None:

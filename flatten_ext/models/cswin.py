@@ -289,10 +289,8 @@ class FlattenCSWinTransformer(Pyramid):
         return take
 
 
-def checkpoint_filter_fn(
-    state_dict: dict[str, Any], model: nn.Module, grid: Grid | None = None, hint: Grid | None = None
-) -> dict[str, Any]:
-    """Public or own checkpoint -> state_dict of `model`; `resample_positions` tells of `grid` and `hint`."""
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module, **origin: Any) -> dict[str, Any]:
+    """Public or own checkpoint -> state_dict of `model`; `resample_positions` tells of `origin`."""
     state_dict, out = unwrap(state_dict), {}
     published = "stage1_conv_embed.0.weight" in state_dict
     for key, value in state_dict.items():
@@ -302,7 +300,7 @@ def checkpoint_filter_fn(
         key = re.sub(r"^merge(\d)\.conv", r"stages.\1.downsample.proj", key)
         key = re.sub(r"^merge(\d)\.norm", r"stages.\1.downsample.norm", key)
         out[key] = value
-    return resample_positions(out, model, metadata_of(state_dict), published=published, grid=grid, hint=hint)
+    return resample_positions(out, model, metadata_of(state_dict), published=published, **origin)
 
 
 default_cfgs = generate_default_cfgs(

@@ -18,7 +18,7 @@ from .._grids import KeepsGrid
 from ._attention import PackedAttention, Size, to_map
 from ._checkpoint import for_pretrained, unwrap
 from ._mlp import tile_mlps
-from ._positions import Grid, Positions, metadata_of, module_positions, resample_positions
+from ._positions import Positions, metadata_of, module_positions, resample_positions
 from ._timm import default_cfg, reset_modules, undecayed
 
 __all__ = ["FlattenBlock", "FlattenVisionTransformer", "FlattenVisionTransformerDistilled"]
@@ -183,21 +183,14 @@ class FlattenVisionTransformerDistilled(FocusedTokens, VisionTransformerDistille
     """What `flatten_ext.convert` makes of timm's distilled DeiT, whose two tokens are both prefixes."""
 
 
-def checkpoint_filter_fn(
-    state_dict: dict[str, Any], model: nn.Module, grid: Grid | None = None, hint: Grid | None = None
-) -> dict[str, Any]:
-    """Our checkpoint -> state_dict of `model`; `resample_positions` tells of `grid` and `hint`."""
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module, **origin: Any) -> dict[str, Any]:
+    """Our checkpoint -> state_dict of `model`; `resample_positions` tells of `origin`."""
     state_dict = unwrap(state_dict)
     # timm takes the embedding for that of a square map.
     embedding = {key: state_dict[key] for key in ("pos_embed",) if key in state_dict}
     rest = {key: value for key, value in state_dict.items() if key not in embedding}
     return resample_positions(
-        {**_timm_filter(rest, model), **embedding},
-        model,
-        metadata_of(state_dict),
-        published=False,
-        grid=grid,
-        hint=hint,
+        {**_timm_filter(rest, model), **embedding}, model, metadata_of(state_dict), published=False, **origin
     )
 
 

@@ -194,10 +194,8 @@ class FlattenPyramidTransformer(Pyramid):
         return super().no_weight_decay() | positions
 
 
-def checkpoint_filter_fn(
-    state_dict: dict[str, Any], model: nn.Module, grid: Grid | None = None, hint: Grid | None = None
-) -> dict[str, Any]:
-    """Public or own checkpoint -> state_dict of `model`; `resample_positions` tells of `grid` and `hint`."""
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module, **origin: Any) -> dict[str, Any]:
+    """Public or own checkpoint -> state_dict of `model`; `resample_positions` tells of `origin`."""
     state_dict, out = unwrap(state_dict), {}
     published = "patch_embed1.proj.weight" in state_dict
     for key, value in state_dict.items():
@@ -208,7 +206,7 @@ def checkpoint_filter_fn(
         key = re.sub(r"^pos_embed(\d)", lambda m: f"stages.{int(m[1]) - 1}.pos_embed", key)
         key = re.sub(r"^block(\d)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks.", key)
         out[key] = value
-    return resample_positions(out, model, metadata_of(state_dict), published=published, grid=grid, hint=hint)
+    return resample_positions(out, model, metadata_of(state_dict), published=published, **origin)
 
 
 default_cfgs = generate_default_cfgs(

@@ -14,7 +14,7 @@ from torch import nn
 from ._attention import PyramidAttention
 from ._checkpoint import unwrap
 from ._mlp import tile_mlps
-from ._positions import Grid, metadata_of, resample_positions
+from ._positions import metadata_of, resample_positions
 from ._pyramid import Pyramid, create, stage_sizes
 from ._timm import attention_types, default_cfg
 
@@ -66,14 +66,12 @@ class FlattenPyramidTransformerV2(Pyramid):
         PyramidVisionTransformerV2._init_weights(self, m)
 
 
-def checkpoint_filter_fn(
-    state_dict: dict[str, Any], model: nn.Module, grid: Grid | None = None, hint: Grid | None = None
-) -> dict[str, Any]:
-    """Public or own checkpoint -> state_dict of `model`; `resample_positions` tells of `grid` and `hint`."""
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module, **origin: Any) -> dict[str, Any]:
+    """Public or own checkpoint -> state_dict of `model`; `resample_positions` tells of `origin`."""
     state_dict = unwrap(state_dict)
     published = "patch_embed1.proj.weight" in state_dict
     out = _timm_filter(state_dict, model)
-    return resample_positions(out, model, metadata_of(state_dict), published=published, grid=grid, hint=hint)
+    return resample_positions(out, model, metadata_of(state_dict), published=published, **origin)
 
 
 default_cfgs = generate_default_cfgs({f"flatten_pvt_v2_b{i}.in1k": default_cfg() for i in range(6)})

@@ -301,10 +301,8 @@ def _check_softmax_windows(types: Sequence[str], windows: Sequence[StageWindow])
             )
 
 
-def checkpoint_filter_fn(
-    state_dict: dict[str, Any], model: Any, grid: Grid | None = None, hint: Grid | None = None
-) -> dict[str, Any]:
-    """Public or own checkpoint -> state_dict of `model`; `resample_positions` tells of `grid` and `hint`."""
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any, **origin: Any) -> dict[str, Any]:
+    """Public or own checkpoint -> state_dict of `model`; `resample_positions` tells of `origin`."""
     state_dict, out = unwrap(state_dict), {}
     # The public code downsamples at the end of a stage, timm at the start of the next.
     published = "layers.0.downsample.reduction.weight" in state_dict
@@ -315,7 +313,7 @@ def checkpoint_filter_fn(
         if key == "patch_embed.proj.weight" and value.shape[2:] != model.patch_embed.proj.weight.shape[2:]:
             value = resample_patch_embed(value, list(model.patch_embed.proj.weight.shape[2:]))
         out[key] = value
-    return resample_positions(out, model, metadata_of(state_dict), published=published, grid=grid, hint=hint)
+    return resample_positions(out, model, metadata_of(state_dict), published=published, **origin)
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> FlattenSwinTransformer:
