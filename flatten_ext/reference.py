@@ -134,8 +134,9 @@ def _widen(x: Tensor) -> Tensor:
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
-    """elu(x) + 1, written so that exp(x) of a very negative x is not rounded against 1."""
-    return x.clamp(max=0).exp() + x.relu()
+    """elu(x) + 1, where exp(x) of a very negative x is not rounded against 1. Its slope at 0 is 1."""
+    negative = x < 0
+    return torch.where(negative, torch.where(negative, x, 0.0).exp(), x + 1)
 
 
 def _features(

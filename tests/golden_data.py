@@ -37,6 +37,9 @@ class Golden:
         """Every array whose key starts with `prefix`, by the rest of its key."""
         return {key[len(prefix) :]: self[key] for key in self._arrays if key.startswith(prefix)}
 
+    def strings(self, key: str) -> list[str]:
+        return self._arrays[key].tolist()
+
     def text(self, key: str) -> Any:
         return json.loads(str(self._arrays[key]))
 

@@ -21,7 +21,7 @@ def mapped(x: Tensor, feature_map: str | None, scale: Tensor | None, p: float, e
     if feature_map == "focused":
         return focused(x, scale, p, eps)
     if feature_map == "elu":
-        return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+        return torch.where(x > 0, x + 1, torch.where(x > 0, 0.0, x).exp())
     return x.clamp(min=0) if feature_map == "relu" else x
 
 

@@ -203,3 +203,17 @@ def test_elu_keeps_small_features(operators):
     v = torch.randn(1, 3, 4)
     out = operators.attention(q, q, v, 1, feature_map="elu", eps=0.0)
     torch.testing.assert_close(out, v.mean(1, keepdim=True).expand_as(v))
+
+
+@every_implementation
+def test_slopes_at_exact_zeros(operators):
+    """Zeros do occur (padding, ReLU before): torch's slopes there are 1 of elu and 0 of relu."""
+    for feature_map, slope in (("elu", 1.0), ("relu", 0.0)):
+        q = torch.zeros(1, 2, 2, dtype=torch.float64).requires_grad_()
+        k = torch.tensor([[[1.0, 2.0], [3.0, 0.5]]], dtype=torch.float64)
+        v = torch.tensor([[[1.0], [-2.0]]], dtype=torch.float64).repeat(1, 1, 2)
+        out = operators.attention(q, k, v, 1, feature_map=feature_map, normalizer="none")
+        (found,) = torch.autograd.grad(out.sum(), q)
+        features = torch.nn.functional.elu(k) + 1 if feature_map == "elu" else k
+        expected = slope * 2 * (features * v[..., :1]).mean(1, keepdim=True).expand_as(q)
+        torch.testing.assert_close(found, expected)
