@@ -19,9 +19,11 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("mlxtend")
 pytest.importorskip("timm")
 
+import timm
 from PIL import Image
 from typer.testing import CliRunner
 
+import flatten_ext.models  # noqa: F401
 from flatten_ext.tools.cli import build_app
 
 
@@ -65,6 +67,9 @@ def place(tmp_path_factory) -> Path:
     torch.save(torch.zeros(3), place / "tensor.pth")
     torch.save({"model": {"head.weight": "text"}}, place / "odd.pth")
     torch.save({"model": {"head.weight": torch.zeros(1)}}, place / "other.pth")
+    model = timm.create_model("flatten_deit_tiny", img_size=32, num_classes=2)
+    torch.nn.init.constant_(model.blocks[0].norm1.weight, float("nan"))
+    torch.save(model.state_dict(), place / "nan.pth")
     (place / "file").write_text("a file")
     return place
 
@@ -111,6 +116,9 @@ CALLS = [
         for name in ("missing.pth", "void", "empty.pth", "garbage.pth", "list.pth", "tensor.pth", "odd.pth")
     ),
     (EVALUATE + DEIT + GOOD + "--checkpoint other.pth", "other.pth does not fit"),
+    (EVALUATE + DEIT + GOOD + "--checkpoint nan.pth --output result.json", "NaN"),
+    (TRAIN + DEIT + GOOD + "--checkpoint nan.pth", "NaN"),
+    (VISUALIZE + DEIT + "--image whole.jpg --checkpoint nan.pth", "NaN"),
     (EVALUATE + DEIT + GOOD + "--checkpoint other.pth --grid wide", "wide"),
     (EVALUATE + DEIT + GOOD + "--checkpoint other.pth --grid 1,2,3", "1,2,3"),
     (EVALUATE + DEIT + GOOD + "--checkpoint other.pth --grid 0", "grid"),

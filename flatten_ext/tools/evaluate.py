@@ -44,6 +44,7 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
     save_every: int = 20,
     finish: Callable[[dict[str, Any]], None] | None = None,
+    refuse_nan: bool = True,
 ) -> dict[str, Any]:
     """Classifies every image of `dataset`, in order.
 
@@ -57,12 +58,13 @@ def evaluate(
         identity: any JSON value that tells one evaluation from another.
         progress: called with (images done, images in all) after every batch.
         finish: called with the result, to keep it, before the state goes.
+        refuse_nan: NaN among the model's outputs, whose order means nothing, is an error.
 
     Returns:
         images, top1 and top5 (percent), loss (mean cross entropy).
 
     Raises:
-        ValueError: the data set is empty, or `state` is a file of something else.
+        ValueError: the data set is empty, `state` is a file of something else, or the model gives NaN.
     """
     device = torch.device(device)
     Amp.of(amp)
@@ -86,6 +88,9 @@ def evaluate(
         with autocast(device, amp):
             logits = model(images)
         logits = logits.float()
+        if refuse_nan and logits.isnan().any():
+            first, last = counts["seen"], counts["seen"] + len(labels) - 1
+            raise InputError(f"the model gives NaN for some of the images {first} to {last}")
         top = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         counts["seen"] += len(labels)
         counts["top1"] += int(top[:, 0].sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -99,7 +100,9 @@ def register(app: typer.Typer) -> None:
 
         def finish(result: dict[str, Any]) -> None:
             if output is not None:
-                write_json(output, facts | result)
+                # JSON has no infinity, which a logit of -inf for the right class gives.
+                loss = result["loss"] if math.isfinite(result["loss"]) else None
+                write_json(output, facts | result | {"loss": loss})
 
         with Progress(*columns, console=console) as bar:
             task = bar.add_task("", total=len(dataset))

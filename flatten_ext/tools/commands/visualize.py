@@ -86,6 +86,8 @@ def register(app: typer.Typer) -> None:
             few = f"{layer} is none of the {len(names)} such attentions of {model}"
             raise typer.BadParameter(few, param_hint="--layer")
         inputs = recorded[names[layer]]
+        if not all(inputs[key].isfinite().all() for key in ("q", "k")):
+            raise InputError(f"model {model} gives NaN or infinity in {names[layer]}: nothing to draw")
         maps = figures.four_maps(inputs)
         picture = pixels.permute(1, 2, 0).numpy()
         head_dim = inputs["q"].shape[-1] // inputs["num_heads"]
