@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from flatten_ext import reference  # noqa: E402
-from flatten_ext._autograd import count_windows  # noqa: E402
+from flatten_ext._torch.families import count_windows  # noqa: E402
 
 SHAPES = [
     Shape("56x56 C=96 h=3", 0, 56, 56, 96, 3),

@@ -73,7 +73,7 @@ def measure(shape: Shape, direction: str, dtype_name: str, divisor: int, stats: 
     import torch
 
     from flatten_ext import reference
-    from flatten_ext._autograd import count_windows
+    from flatten_ext._torch.families import count_windows
 
     torch.manual_seed(0)
     dtype = getattr(torch, dtype_name)

@@ -1,5 +1,5 @@
 // The schemas of torch.ops.flatten, and nothing else. Kernels are registered beside them:
-// cpu/register.cpp, cuda/register.cpp, and flatten_ext/_registrations.py for torch's own hooks.
+// cpu/register.cpp, cuda/register.cpp, and flatten_ext/_torch for torch's own hooks.
 #include <torch/csrc/stable/library.h>
 
 #include <string>

@@ -1,5 +1,5 @@
 // What torch.jit.trace records: twins of the three operators that take plain ints, which a trace can hold,
-// where the operators take SymInts. The kernel at torch's Tracer key (flatten_ext/_registrations.py) calls
+// where the operators take SymInts. The kernel at torch's Tracer key (flatten_ext/_torch/entry.py) calls
 // them.
 //
 // A trace keeps numbers as constants. The Tracer's kernel therefore hands over what it can measure anew in

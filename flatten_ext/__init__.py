@@ -8,13 +8,12 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from . import _autograd as _autograd
 from . import (
     _load,  # first: registers torch.ops.flatten
     _sharding,
 )
 from . import _moved as _moved
-from . import _registrations as _registrations
+from . import _torch as _torch  # torch's hooks
 from .nn import FocusedLinearAttention
 from .ops import attention, depthwise_conv, linear_attention
 

@@ -23,9 +23,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import flatten_ext
-from flatten_ext import _registrations as registrations
 from flatten_ext import reference
-from flatten_ext._autograd import count_windows
+from flatten_ext._torch.families import count_windows
+from flatten_ext._torch.hooks import FALLBACK
 
 ops = torch.ops.flatten
 SMALL = Case(size=(2, 4), heads=2, head_dim=2, batch=2, window=(2, 2), shift=(1, 1), kernel=(3, 3))
@@ -341,19 +341,17 @@ def test_reference_runs_where_there_is_no_kernel():
     for key in ("MPS", "XPU", "HPU"):
         assert torch._C._dispatch_has_computed_kernel_for_dispatch_key("flatten::attention", key)
         assert torch._C._dispatch_has_computed_kernel_for_dispatch_key("flatten::attention_backward", key)
-    found = registrations._fallback_attention(*positional(arguments))
+    found = FALLBACK["attention"](*positional(arguments))
     assert relative_error(found, ops.attention(**arguments)) < 1e-6
     rest = positional(arguments)
     grad_out = torch.randn_like(arguments["q"])
-    state = registrations._fallback_forward(*rest, 5)[1]
+    state = FALLBACK["attention_forward"](*rest, 5)[1]
     mask = [True] * 7
     expected = ops.attention_backward(grad_out, *rest, torch.empty(0), mask)
-    for a, b in zip(
-        registrations._fallback_attention_backward(grad_out, *rest, state, mask), expected, strict=True
-    ):
+    for a, b in zip(FALLBACK["attention_backward"](grad_out, *rest, state, mask), expected, strict=True):
         assert relative_error(a, b) < 1e-5
     with pytest.raises(RuntimeError, match="num_heads is 5"):
-        registrations._fallback_attention(*rest[:3], 5, *rest[4:])
+        FALLBACK["attention"](*rest[:3], 5, *rest[4:])
 
 
 # ------------------------------------------------------------------------------------------------- modules
