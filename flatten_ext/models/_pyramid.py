@@ -15,7 +15,7 @@ from ._attention import to_map
 from ._checkpoint import for_pretrained
 from ._mlp import tile_mlps
 from ._positions import Positions, module_positions
-from ._timm import reset_modules, undecayed
+from ._timm import of_this_size, reset_modules, undecayed
 
 __all__ = ["Pyramid", "PyramidStage", "create", "init_linear", "stage_sizes"]
 
@@ -100,6 +100,10 @@ class Pyramid(PyramidVisionTransformerV2):
         if num_classes > 0:
             self.head = nn.Linear(embed_dims[-1], num_classes, device=device, dtype=dtype)
         tile_mlps(self)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, C, H / 32, W / 32)."""
+        return of_this_size(super().forward_features(x), x)
 
     def positions(self) -> Iterator[Positions]:
         """The learned positions, for loading a checkpoint of another size."""

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import nn
+from torch import Tensor, nn
 
 try:
     from timm.models._input import update_model_input_size
 except ImportError:  # older releases keep no such record
     update_model_input_size = None
 
-__all__ = ["attention_types", "default_cfg", "record_input_size", "reset_modules", "stem_grid", "undecayed"]
+__all__ = [
+    "attention_types",
+    "default_cfg",
+    "of_this_size",
+    "record_input_size",
+    "reset_modules",
+    "stem_grid",
+    "undecayed",
+]
 
 
 def attention_types(attn_type: str, stages: int) -> str:
@@ -34,6 +43,19 @@ def reset_modules(model: nn.Module) -> None:
         reset: Any = getattr(module, "reset_parameters", None)
         if reset is not None:
             reset()
+
+
+def of_this_size(features: Tensor, image: Tensor) -> Tensor:
+    """`features`, in a graph of torch.jit.trace with an error where the image has not the size of the trace.
+
+    The map's height and width are numbers in such a graph. Where an image of another size has as many
+    patches, as one of 128 x 48 has for 96 x 64, the operators cannot know that it is another map.
+    """
+    if not torch.jit.is_tracing():
+        return features
+    for dim in (2, 3):
+        (image,) = image.split([int(image.shape[dim])], dim)  # raises where the size is another
+    return features + image[..., :0].sum()  # zero: what no result needs is left out of the graph
 
 
 def stem_grid(model: Any, img_size: tuple[int, int]) -> tuple[int, int]:

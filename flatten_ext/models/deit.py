@@ -19,7 +19,7 @@ from ._attention import PackedAttention, Size, to_map
 from ._checkpoint import for_pretrained, unwrap
 from ._mlp import tile_mlps
 from ._positions import Positions, metadata_of, module_positions, resample_positions
-from ._timm import default_cfg, reset_modules, undecayed
+from ._timm import default_cfg, of_this_size, reset_modules, undecayed
 
 __all__ = ["FlattenBlock", "FlattenVisionTransformer", "FlattenVisionTransformerDistilled"]
 
@@ -101,10 +101,11 @@ class FocusedTokens(KeepsGrid, VisionTransformer):
         """(B, in_chans, H, W) -> (B, prefix + patches, C), normed. Linear attention has no mask."""
         if attn_mask is not None or is_causal:
             raise ValueError("focused linear attention takes no mask")
-        x, size = self._embed(x)
+        image = x
+        x, size = self._embed(image)
         for block in self.blocks:
             x = self._run(block, x, size)
-        return self.norm(x)
+        return of_this_size(self.norm(x), image)
 
     def forward_intermediates(
         self,

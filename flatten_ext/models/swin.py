@@ -22,7 +22,7 @@ from ._attention import PackedAttention, Size
 from ._checkpoint import for_pretrained, unwrap
 from ._mlp import tile_mlps
 from ._positions import Grid, Positions, metadata_of, module_positions, resample_positions, resize_table
-from ._timm import attention_types, default_cfg, record_input_size, reset_modules, undecayed
+from ._timm import attention_types, default_cfg, of_this_size, record_input_size, reset_modules, undecayed
 from ._windows import StageWindow, default_windows, stage_maps, stage_windows, windows_at
 
 __all__ = ["FlattenSwinBlock", "FlattenSwinTransformer"]
@@ -187,6 +187,10 @@ class FlattenSwinTransformer(SwinTransformer):
             if type(module) is WindowAttention:
                 module.__class__ = TableAttention
         tile_mlps(self)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, H / 32, W / 32, C), normed."""
+        return of_this_size(super().forward_features(x), x)
 
     def positions(self) -> Iterator[Positions]:
         """The learned positions, for loading a checkpoint of another size."""
