@@ -9,6 +9,7 @@
 
 #include <type_traits>
 
+#include "../vec/power.h"
 #include "rows.h"
 
 namespace flatten::cpu::FLATTEN_ISA {

@@ -4,7 +4,7 @@
 #include <cstddef>
 
 #include "../../params.h"
-#include "../vec/vec.h"
+#include "../vec/transpose.h"
 
 namespace flatten::cpu::FLATTEN_ISA {
 
