@@ -37,6 +37,11 @@ python -m pytest -q -n 2 --dist loadfile -m packaging
 step "bad arguments under AddressSanitizer"
 bash tests/sanitizer.sh
 
+if [ "$(uname)" = Linux ]; then
+  step "NEON kernels, under an emulator where this processor has no NEON"
+  bash tests/neon.sh
+fi
+
 if python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
   step "GPU tests"
   python -m pytest -q -m gpu

@@ -1,10 +1,13 @@
-// Focused linear attention, one number at a time in double: what the C++ tests compare with.
+// Focused linear attention and the depthwise convolution, one number at a time: what the C++ tests compare
+// with. The formulas are templates of their number, double or Traced.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <random>
 #include <vector>
+
+#include "traced.h"
 
 namespace scalar {
 
@@ -17,101 +20,147 @@ inline Numbers random(std::int64_t count, double low, double high, unsigned seed
   return x;
 }
 
-/// One image of height x width tokens, with windows and taps shared by the heads.
-struct Problem {
-  std::int64_t height, width, heads, dim;
-  std::int64_t window_h, window_w, shift_h, shift_w;
-  std::int64_t kernel_h, kernel_w;
-  double focusing_factor, eps;
-  Numbers q, k, v, scale, weight, bias;  // (N, C), (N, C), (N, C), (C,), (D, kh, kw), (D,)
+/// The sizes and options of a call, as csrc/params.h has them. Without a window the whole map is one.
+struct Shape {
+  std::int64_t height = 6, width = 5, heads = 2, dim = 16, batch = 2;
+  std::int64_t prefix = 0;  // tokens before those of the map
+  std::int64_t keys = 0;    // 0: as many as queries
+  std::int64_t window_h = 0, window_w = 0, shift_h = 0, shift_w = 0;
+  std::int64_t kernel_h = 5, kernel_w = 5;  // 0: no taps
+  bool per_channel = false;                 // taps; otherwise the heads share them
+  bool focused = true;                      // otherwise q and k are features already
+  bool has_scale = true, has_key_bias = true, has_bias = true;
+  double focusing_factor = 3, eps = 1e-6;
 
-  std::int64_t tokens() const { return height * width; }
   std::int64_t channels() const { return heads * dim; }
+  std::int64_t query_count() const { return prefix + height * width; }
+  std::int64_t key_count() const { return keys ? keys : query_count(); }
+  bool has_taps() const { return kernel_h > 0; }
+  std::int64_t filters() const { return per_channel ? channels() : dim; }
+  std::int64_t rows() const { return window_h ? window_h : height; }  // of a window
+  std::int64_t columns() const { return window_w ? window_w : width; }
+  std::int64_t windows() const { return height / rows() * (width / columns()); }
+  /// Tokens that one window attends over: M.
+  std::int64_t window_keys() const { return windows() > 1 ? rows() * columns() : key_count(); }
+  std::int64_t window_queries() const { return windows() > 1 ? rows() * columns() : query_count(); }
 
-  /// 16 x 24 tokens, 3 heads of 20 channels, shifted windows of 8 x 12, a 5 x 3 kernel, p = 2.5: enough work
-  /// for several threads.
-  static Problem make() {
-    Problem p{16, 24, 3, 20, 8, 12, 1, 2, 5, 3, 2.5, 1e-6, {}, {}, {}, {}, {}, {}};
-    const std::int64_t elements = p.tokens() * p.channels();
-    p.q = random(elements, -1, 1, 1);
-    p.k = random(elements, -1, 1, 2);
-    p.v = random(elements, -1, 1, 3);
-    p.scale = random(p.channels(), 0.5, 2, 4);
-    p.weight = random(p.dim * p.kernel_h * p.kernel_w, -0.3, 0.3, 5);
-    p.bias = random(p.dim, -1, 1, 6);
-    return p;
+  /// The token at row y, column x of a window.
+  std::int64_t token(std::int64_t window, std::int64_t y, std::int64_t x) const {
+    const std::int64_t across = width / columns();
+    return prefix + (window / across * rows() + y + shift_h) % height * width +
+           (window % across * columns() + x + shift_w) % width;
   }
-
-  /// The token at row y, column x of window (wy, wx).
-  std::int64_t token(std::int64_t wy, std::int64_t wx, std::int64_t y, std::int64_t x) const {
-    return (wy * window_h + y + shift_h) % height * width + (wx * window_w + x + shift_w) % width;
-  }
-
-  /// y^p |y| / |y^p| of one token's channels, y = (relu(x) + eps) / scale.
-  Numbers focus(const double* x) const {
-    Numbers phi(channels());
-    double squares = 0, power_squares = 0;
-    for (std::int64_t c = 0; c < channels(); ++c) {
-      const double y = (std::fmax(x[c], 0) + eps) / scale[c];
-      phi[c] = std::pow(y, focusing_factor);
-      squares += y * y;
-      power_squares += phi[c] * phi[c];
-    }
-    for (double& value : phi) value *= std::sqrt(squares / power_squares);
-    return phi;
-  }
-
-  /// Token t of the output, attending to `window` (tokens in raster order).
-  void attend(std::int64_t t, const std::vector<std::int64_t>& window, double* out) const {
-    const Numbers query = focus(&q[t * channels()]);
-    for (std::int64_t h = 0; h < heads; ++h) {
-      double norm = 0;
-      for (const std::int64_t s : window) {
-        const Numbers key = focus(&k[s * channels()]);
-        double similarity = 0;
-        for (std::int64_t d = h * dim; d < (h + 1) * dim; ++d) similarity += query[d] * key[d];
-        norm += similarity / window.size();
-        for (std::int64_t d = h * dim; d < (h + 1) * dim; ++d)
-          out[d] += similarity / window.size() * v[s * channels() + d];
-      }
-      for (std::int64_t d = h * dim; d < (h + 1) * dim; ++d) out[d] /= norm + eps;
-    }
-  }
-
-  /// Adds the depthwise convolution of v at (y, x) of a window.
-  void convolve(std::int64_t wy, std::int64_t wx, std::int64_t y, std::int64_t x, double* out) const {
-    for (std::int64_t c = 0; c < channels(); ++c) {
-      out[c] += bias[c % dim];
-      for (std::int64_t i = 0; i < kernel_h; ++i) {
-        for (std::int64_t j = 0; j < kernel_w; ++j) {
-          const std::int64_t ny = y + i - kernel_h / 2, nx = x + j - kernel_w / 2;
-          if (ny < 0 || ny >= window_h || nx < 0 || nx >= window_w) continue;
-          out[c] +=
-              weight[(c % dim * kernel_h + i) * kernel_w + j] * v[token(wy, wx, ny, nx) * channels() + c];
-        }
-      }
-    }
-  }
-
-  Numbers solve() const {
-    Numbers out(tokens() * channels());
-    for (std::int64_t wy = 0; wy < height / window_h; ++wy) {
-      for (std::int64_t wx = 0; wx < width / window_w; ++wx) {
-        std::vector<std::int64_t> window;
-        for (std::int64_t i = 0; i < window_h * window_w; ++i)
-          window.push_back(token(wy, wx, i / window_w, i % window_w));
-        for (std::int64_t i = 0; i < window_h * window_w; ++i) {
-          double* row = &out[window[i] * channels()];
-          attend(window[i], window, row);
-          convolve(wy, wx, i / window_w, i % window_w, row);
-        }
-      }
-    }
-    return out;
+  /// The token at a position of a window, prefix first; other keys than queries lie in no map.
+  std::int64_t token(std::int64_t window, std::int64_t position) const {
+    if (position < prefix || keys) return position;
+    return token(window, (position - prefix) / columns(), (position - prefix) % columns());
   }
 };
 
-/// |a - b| / |b| in the Frobenius norm.
+/// (batch, tokens, channels) q, k, v; then (C,), (window_keys, C), (filters, kernel_h, kernel_w), (filters,),
+/// empty where the call has none.
+template <class Number>
+struct Operands {
+  std::vector<Number> q, k, v, scale, key_bias, weight, bias;
+};
+
+/// y^p |y| / |y^p| of one token's channels, y = (relu(x + key_bias) + eps) / scale.
+template <class Number>
+std::vector<Number> focus(const Shape& s, const std::vector<Number>& scale, const Number* x,
+                          const Number* key_bias) {
+  std::vector<Number> phi(x, x + s.channels());
+  if (!s.focused) return phi;
+  Number squares = 0, power_squares = 0;
+  for (std::int64_t c = 0; c < s.channels(); ++c) {
+    Number y = relu(key_bias ? x[c] + key_bias[c] : x[c]) + Number(s.eps);
+    if (!scale.empty()) y = y / scale[c];
+    phi[c] = power(y, s.focusing_factor);
+    squares += y * y;
+    power_squares += phi[c] * phi[c];
+  }
+  if (value_of(power_squares) == 0) return std::vector<Number>(s.channels(), 0);
+  const Number factor = square_root(squares) / square_root(power_squares);
+  for (Number& value : phi) value = value * factor;
+  return phi;
+}
+
+/// Adds the depthwise convolution of one image to `out`; prefix tokens have none.
+template <class Number>
+void convolve(const Shape& s, const Number* x, const std::vector<Number>& weight,
+              const std::vector<Number>& bias, Number* out) {
+  const std::int64_t channels = s.channels(), per_window = s.rows() * s.columns();
+  for (std::int64_t i = 0; i < s.windows() * per_window * channels; ++i) {
+    const std::int64_t c = i % channels, window = i / channels / per_window;
+    const std::int64_t y = i / channels % per_window / s.columns(), column = i / channels % s.columns();
+    const std::int64_t filter = c % s.filters();
+    Number sum = bias.empty() ? Number(0) : bias[filter];
+    for (std::int64_t ky = 0; ky < s.kernel_h; ++ky) {
+      for (std::int64_t kx = 0; kx < s.kernel_w; ++kx) {
+        const std::int64_t ny = y + ky - s.kernel_h / 2, nx = column + kx - s.kernel_w / 2;
+        if (ny < 0 || ny >= s.rows() || nx < 0 || nx >= s.columns()) continue;
+        sum +=
+            weight[(filter * s.kernel_h + ky) * s.kernel_w + kx] * x[s.token(window, ny, nx) * channels + c];
+      }
+    }
+    out[s.token(window, y, column) * channels + c] += sum;
+  }
+}
+
+/// Adds one window's attention to `out`: o = Q S / (Q . m + eps), S = K^T V / M, m = the mean of K, a head.
+template <class Number>
+void attend(const Shape& s, const Operands<Number>& x, std::int64_t image, std::int64_t window, Number* out) {
+  const std::int64_t channels = s.channels(), dim = s.dim;
+  std::vector<Number> sums(channels * dim, 0), means(channels, 0);
+  for (std::int64_t j = 0; j < s.window_keys(); ++j) {
+    const std::int64_t at = (image * s.key_count() + s.token(window, j)) * channels;
+    const Number* key_bias = x.key_bias.empty() ? nullptr : &x.key_bias[j * channels];
+    const std::vector<Number> key = focus(s, x.scale, &x.k[at], key_bias);
+    for (std::int64_t c = 0; c < channels; ++c) {
+      const Number share = key[c] / Number(double(s.window_keys()));
+      means[c] += share;
+      for (std::int64_t d = 0; d < dim; ++d) sums[c * dim + d] += share * x.v[at + c / dim * dim + d];
+    }
+  }
+  for (std::int64_t i = 0; i < s.window_queries(); ++i) {
+    const std::int64_t token = s.token(window, i);
+    const std::vector<Number> query =
+        focus(s, x.scale, &x.q[(image * s.query_count() + token) * channels], static_cast<Number*>(nullptr));
+    for (std::int64_t h = 0; h < channels; h += dim) {
+      Number norm = s.eps;
+      for (std::int64_t c = h; c < h + dim; ++c) norm += query[c] * means[c];
+      for (std::int64_t d = 0; d < dim; ++d) {
+        Number sum = 0;
+        for (std::int64_t c = h; c < h + dim; ++c) sum += query[c] * sums[c * dim + d];
+        out[token * channels + h + d] += sum / norm;
+      }
+    }
+  }
+}
+
+/// attention(q, k, v, ...): (batch, queries, channels).
+template <class Number>
+std::vector<Number> attention(const Shape& s, const Operands<Number>& x) {
+  const std::int64_t elements = s.query_count() * s.channels();
+  std::vector<Number> out(s.batch * elements, 0);
+  for (std::int64_t image = 0; image < s.batch; ++image) {
+    for (std::int64_t window = 0; window < s.windows(); ++window)
+      attend(s, x, image, window, &out[image * elements]);
+    if (s.has_taps()) convolve(s, &x.v[image * elements], x.weight, x.bias, &out[image * elements]);
+  }
+  return out;
+}
+
+/// depthwise_conv(v, weight, bias, ...): (batch, tokens, channels).
+template <class Number>
+std::vector<Number> depthwise_conv(const Shape& s, const Operands<Number>& x) {
+  const std::int64_t elements = s.query_count() * s.channels();
+  std::vector<Number> out(s.batch * elements, 0);
+  for (std::int64_t image = 0; image < s.batch; ++image)
+    convolve(s, &x.v[image * elements], x.weight, x.bias, &out[image * elements]);
+  return out;
+}
+
+/// |a - b| / |b| in the Frobenius norm, or 0 where both are 0.
 template <class T>
 double relative_error(const T* a, const Numbers& b) {
   double difference = 0, norm = 0;
@@ -119,7 +168,7 @@ double relative_error(const T* a, const Numbers& b) {
     difference += (a[i] - b[i]) * (a[i] - b[i]);
     norm += b[i] * b[i];
   }
-  return std::sqrt(difference / norm);
+  return difference == 0 ? 0 : std::sqrt(difference / norm);
 }
 
 }  // namespace scalar
