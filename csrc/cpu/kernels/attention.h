@@ -23,7 +23,7 @@ template <class T>
 struct Features {
   T* z;
   Norms<T> norms;
-  Sums<T> chain;  // see AttentionKernel::in_chains
+  Sums<T> chain;  // see AttentionCall::in_chains
 };
 
 /// sum += the rows of one head of a block, weighted: four or eight sums at a time, to hide their latency, of
@@ -56,26 +56,26 @@ void add_weighted_rows(const T* rows, const T* weight, int count, i64 padded, T*
   if (d < padded) columns(Constant<1>{}, d);
 }
 
+/// One call as both directions see it: what it reads, how its tokens are cut, and the functions for its
+/// sizes.
 template <class X>
-class AttentionKernel {
- public:
+struct AttentionCall {
   using T = Accumulate<X>;
 
- protected:
-  AttentionKernel(const AttentionInputs& in)
-      : in_(in),
-        geometry_(in.geometry),
-        c_(Channels::make<T>(in.geometry)),
-        keys_(Grid::make(in.geometry, in.geometry.window_keys(), static_cast<bool>(in.taps))),
-        queries_(Grid::make(in.geometry, in.geometry.window_queries(), static_cast<bool>(in.taps))),
-        gemm_(Gemm<T>::select(c_.dim, c_.padded)),
-        focus_query_(Focus<X, T>::select(in.mapping, {}, c_)),
-        focus_key_(Focus<X, T>::select(in.mapping, in.mapping.key_bias, c_)),
-        eps_(static_cast<T>(in.eps)) {}
+  explicit AttentionCall(const AttentionInputs& in)
+      : in(in),
+        geometry(in.geometry),
+        c(Channels::make<T>(in.geometry)),
+        keys(Grid::make(in.geometry, in.geometry.window_keys(), static_cast<bool>(in.taps))),
+        queries(Grid::make(in.geometry, in.geometry.window_queries(), static_cast<bool>(in.taps))),
+        gemm(Gemm<T>::select(c.dim, c.padded)),
+        focus_query(Focus<X, T>::select(in.mapping, {}, c)),
+        focus_key(Focus<X, T>::select(in.mapping, in.mapping.key_bias, c)),
+        eps(static_cast<T>(in.eps)) {}
 
-  i64 pairs() const { return geometry_.batch * geometry_.windows(); }
-  i64 image(i64 pair) const { return pair / geometry_.windows(); }
-  i64 window(i64 pair) const { return pair % geometry_.windows(); }
+  i64 pairs() const { return geometry.batch * geometry.windows(); }
+  i64 image(i64 pair) const { return pair / geometry.windows(); }
+  i64 window(i64 pair) const { return pair % geometry.windows(); }
   /// A pair's tokens from `position` on, none behind the last pair.
   void first_block(const Grid& grid, i64 pair, i64 position, Block& block) const {
     block.clear(0);
@@ -88,8 +88,8 @@ class AttentionKernel {
     if (pair >= pairs() || index >= tiling.count()) return;
     fill_tile(grid, block, image(pair), window(pair), tile_at(grid, tiling, index));
   }
-  i64 sums_elements() const { return c_.matrices() + c_.padded_count(); }
-  Sums<T> sums_at(T* memory) const { return {memory, memory + c_.matrices()}; }
+  i64 sums_elements() const { return c.matrices() + c.padded_count(); }
+  Sums<T> sums_at(T* memory) const { return {memory, memory + c.matrices()}; }
 
   /// sums = the slots' partial sums, in order.
   void add_partials(const T* partials, i64 stride, int slots, const Sums<T>& sums) const {
@@ -101,41 +101,39 @@ class AttentionKernel {
   }
 
   /// Whether the windows are so small that their scores take fewer products than S does.
-  bool can_score() const {
-    return keys_.prefix == 0 && scores_pay(queries_.tokens(), keys_.tokens(), c_.dim);
-  }
+  bool can_score() const { return keys.prefix == 0 && scores_pay(queries.tokens(), keys.tokens(), c.dim); }
 
   /// Of one product of a head with `count` tokens, see Upcoming.
-  i64 head_steps(i64 count) const { return product_steps<T>(count, c_.padded, c_.dim); }
+  i64 head_steps(i64 count) const { return product_steps<T>(count, c.padded, c.dim); }
 
   double forward_flops() const {
-    const double taps = 2.0 * in_.taps.kernel_h * in_.taps.kernel_w;
-    return static_cast<double>(geometry_.batch) * c_.count() *
-           (2.0 * (geometry_.queries + geometry_.keys) * c_.dim + taps * geometry_.queries);
+    const double taps = 2.0 * in.taps.kernel_h * in.taps.kernel_w;
+    return static_cast<double>(geometry.batch) * c.count() *
+           (2.0 * (geometry.queries + geometry.keys) * c.dim + taps * geometry.queries);
   }
 
   FocusParameters<T> focus_parameters(T* inverse_scale) const {
-    fill_inverse_scale(in_.mapping, c_, inverse_scale);
-    return FocusParameters<T>::make(in_.mapping, in_.eps, inverse_scale);
+    fill_inverse_scale(in.mapping, c, inverse_scale);
+    return FocusParameters<T>::make(in.mapping, in.eps, inverse_scale);
   }
 
   Features<T> take_features(Arena& arena) const {
     Features<T> features;
-    features.z = arena.take<T>(c_.block());
+    features.z = arena.take<T>(c.block());
     features.chain = sums_at(arena.take<T>(sums_elements()));
     return features;
   }
 
   void map_queries(const Block& block, const FocusParameters<T>& f, Features<T>& to) const {
-    focus_query_.forward(rows_of<X>(in_.query, block).at, {}, block.count, to.z, c_, f, to.norms);
+    focus_query.forward(rows_of<X>(in.query, block).at, {}, block.count, to.z, c, f, to.norms);
   }
   /// rest[t] = eps / factor: what a query's factor leaves of eps where it cancels.
   void eps_by_factor(const Norms<T>& norms, int count, T* rest) const {
-    for (int t = 0; t < count; ++t) rest[t] = eps_ / norms.factor[t];
+    for (int t = 0; t < count; ++t) rest[t] = eps / norms.factor[t];
   }
-  BiasRows bias_rows(const Block& block) const { return {in_.mapping.key_bias.data, block.position}; }
+  BiasRows bias_rows(const Block& block) const { return {in.mapping.key_bias.data, block.position}; }
   void map_keys(const Block& block, const FocusParameters<T>& f, Features<T>& to) const {
-    focus_key_.forward(rows_of<X>(in_.key, block).at, bias_rows(block), block.count, to.z, c_, f, to.norms);
+    focus_key.forward(rows_of<X>(in.key, block).at, bias_rows(block), block.count, to.z, c, f, to.norms);
   }
 
   /// Adds positions [begin, end) of a window to S = sum of K^T V / M and m = sum of K / M. The factors of the
@@ -167,55 +165,54 @@ class AttentionKernel {
                       Features<T>& features, T* values, const Sums<T>& sums,
                       const Expect& expect_next) const {
     const i64 size = block_size(end - begin);
-    const T mean = 1 / static_cast<T>(geometry_.window_keys());
+    const T mean = 1 / static_cast<T>(geometry.window_keys());
     Block blocks[2];  // the one at hand and the next, by turns
     Upcoming upcoming;
-    keys_.fill(blocks[0], image(pair), window(pair), begin, smaller(size, end - begin));
+    keys.fill(blocks[0], image(pair), window(pair), begin, smaller(size, end - begin));
     int turn = 0;
     for (i64 at = begin; at < end; at += size, turn ^= 1) {
       const Block& block = blocks[turn];
       Block& next = blocks[turn ^ 1];
       map_keys(block, f, features);
-      const Rows<const X> rows = rows_of<X>(in_.value, block);
-      upcoming.plan(c_.heads * product_steps<T>(c_.dim, c_.padded, block.count));
+      const Rows<const X> rows = rows_of<X>(in.value, block);
+      upcoming.plan(c.heads * product_steps<T>(c.dim, c.padded, block.count));
       if (at + size < last) {
-        keys_.fill(next, image(pair), window(pair), at + size, smaller(size, last - at - size));
-        upcoming.add<X>(in_.key, next, c_.count());
-        upcoming.add<X>(in_.value, next, c_.count());
+        keys.fill(next, image(pair), window(pair), at + size, smaller(size, last - at - size));
+        upcoming.add<X>(in.key, next, c.count());
+        upcoming.add<X>(in.value, next, c.count());
         expect_bias(next, upcoming);
       } else {
         expect_next(upcoming);
       }
       T weight[kBlock];
       for (int t = 0; t < block.count; ++t) weight[t] = features.norms.factor[t] * mean;
-      for (i64 h = 0; h < c_.heads; ++h) {
-        const T* z = features.z + h * c_.head_stride();
-        pack_head(rows, block.count, h, c_, weight, values);
-        gemm_.outer_product(block.count, c_.dim, c_.padded, z, values, sums.s + h * c_.matrix(), upcoming);
-        add_weighted_rows(z, weight, block.count, c_.padded, sums.m + h * c_.padded);
+      for (i64 h = 0; h < c.heads; ++h) {
+        const T* z = features.z + h * c.head_stride();
+        pack_head(rows, block.count, h, c, weight, values);
+        gemm.outer_product(block.count, c.dim, c.padded, z, values, sums.s + h * c.matrix(), upcoming);
+        add_weighted_rows(z, weight, block.count, c.padded, sums.m + h * c.padded);
       }
     }
   }
 
   /// Maps a small window's keys for its scores.
   void score_keys(const Block& keys, const FocusParameters<T>& f, Scores<T>& scores) const {
-    focus_key_.forward(rows_of<X>(in_.key, keys).at, bias_rows(keys), keys.count, scores.z, c_, f,
-                       scores.norms);
+    focus_key.forward(rows_of<X>(in.key, keys).at, bias_rows(keys), keys.count, scores.z, c, f, scores.norms);
     scores.weigh_keys();
   }
 
   /// Adds what a block's keys will read of key_bias.
   void expect_bias(const Block& block, Upcoming& upcoming) const {
-    const Parameter& bias = in_.mapping.key_bias;
+    const Parameter& bias = in.mapping.key_bias;
     if (!bias || element_size(bias.dtype) != static_cast<i64>(sizeof(X))) return;
-    upcoming.add_rows(static_cast<const X*>(bias.data), c_.count(), block.position, block, c_.count());
+    upcoming.add_rows(static_cast<const X*>(bias.data), c.count(), block.position, block, c.count());
   }
   /// Adds the keys and values of a pair to come; its rows of key_bias were those of the one at hand.
   void expect_keys(i64 pair, i64 position, Upcoming& upcoming) const {
     Block block;
-    first_block(keys_, pair, position, block);
-    upcoming.add<X>(in_.key, block, c_.count());
-    upcoming.add<X>(in_.value, block, c_.count());
+    first_block(keys, pair, position, block);
+    upcoming.add<X>(in.key, block, c.count());
+    upcoming.add<X>(in.value, block, c.count());
   }
 
   // A state keeps S and m without padding: (saved windows, heads, dim, dim), then m, window by window.
@@ -223,24 +220,24 @@ class AttentionKernel {
   /// every slot finds as many.
   i64 saved_at(i64 pair, i64 saved) const {
     const i64 at = pair * saved / pairs();
-    return (pair + 1) * saved / pairs() > at ? at * window_state_elements(geometry_) : -1;
+    return (pair + 1) * saved / pairs() > at ? at * window_state_elements(geometry) : -1;
   }
   void save_state(const Sums<T>& sums, T* state) const {
-    const i64 rows = c_.heads * (c_.dim + 1);
-    for (i64 i = 0; i < rows; ++i) unpack(sums.s + i * c_.padded, state + i * c_.dim, c_.dim);
+    const i64 rows = c.heads * (c.dim + 1);
+    for (i64 i = 0; i < rows; ++i) unpack(sums.s + i * c.padded, state + i * c.dim, c.dim);
   }
   void load_state(const T* state, const Sums<T>& sums) const {
-    const i64 rows = c_.heads * (c_.dim + 1);
-    for (i64 i = 0; i < rows; ++i) pack(state + i * c_.dim, sums.s + i * c_.padded, c_.dim, T(1));
+    const i64 rows = c.heads * (c.dim + 1);
+    for (i64 i = 0; i < rows; ++i) pack(state + i * c.dim, sums.s + i * c.padded, c.dim, T(1));
   }
 
-  const AttentionInputs& in_;
-  const Geometry& geometry_;
-  Channels c_;
-  Grid keys_, queries_;
-  Gemm<T> gemm_;
-  Focus<X, T> focus_query_, focus_key_;
-  T eps_;
+  const AttentionInputs& in;
+  const Geometry& geometry;
+  Channels c;
+  Grid keys, queries;
+  Gemm<T> gemm;
+  Focus<X, T> focus_query, focus_key;
+  T eps;
 };
 
 }  // namespace flatten::cpu::FLATTEN_ISA

@@ -103,7 +103,7 @@ class ConvKernel {
   }
 
   /// body(work) for every tile of every window, with `source` in the ring, and end_chain(work) after every
-  /// kChainBlocks and the last: float32 sums stay short (see AttentionKernel::in_chains). All pairs' tiles
+  /// kChainBlocks and the last: float32 sums stay short (see AttentionCall::in_chains). All pairs' tiles
   /// form one list, which the slots share evenly.
   template <class Body, class EndChain>
   void for_each_tile(const Parallel& parallel, const Schedule& plan, bool transposed, const Tokens& source,
