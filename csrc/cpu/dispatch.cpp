@@ -56,7 +56,8 @@ const Kernels& choose() {
                            "\", expected one of the sets this processor runs: " + possible);
 }
 
-// Whoever reads this much after the call does not find it in the caches. Measured: benchmarks/NOTES.md.
+// [bytes] Whoever reads a result of this size after the call does not find it in the caches. Measured:
+// benchmarks/NOTES.md.
 constexpr std::int64_t kStreamedFrom = 16 << 20;
 
 std::int64_t choose_streamed_from() {

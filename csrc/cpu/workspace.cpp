@@ -11,7 +11,7 @@ class Buffer {
  public:
   void* at_least(std::size_t bytes) {
     if (bytes > size_) {
-      const std::size_t rounded = (bytes + 4095) / 4096 * 4096;
+      const std::size_t rounded = (bytes + 4095) / 4096 * 4096;  // whole pages, so that it seldom grows
       memory_.reset();
       size_ = 0;
       memory_.reset(std::aligned_alloc(64, rounded));

@@ -26,8 +26,8 @@ struct Features {
   Sums<T> chain;  // see AttentionCall::in_chains
 };
 
-/// sum += the rows of one head of a block, weighted: four or eight sums at a time, to hide their latency, of
-/// up to four rows.
+/// sum += the weighted rows of one head of a block. Two or four rows are summed apart, so that four or eight
+/// sums are under way and hide each other's latency.
 template <class T>
 void add_weighted_rows(const T* rows, const T* weight, int count, i64 padded, T* sum) {
   const auto columns = [&](auto vectors, i64 d) FLATTEN_INLINED {
@@ -76,13 +76,13 @@ struct AttentionCall {
   i64 pairs() const { return geometry.batch * geometry.windows(); }
   i64 image(i64 pair) const { return pair / geometry.windows(); }
   i64 window(i64 pair) const { return pair % geometry.windows(); }
-  /// A pair's tokens from `position` on, none behind the last pair.
+  /// The first block of a pair's tokens from `position` on; an empty one if there is no such pair.
   void first_block(const Grid& grid, i64 pair, i64 position, Block& block) const {
     block.clear(0);
     if (pair >= pairs()) return;
     grid.fill(block, image(pair), window(pair), position, smaller(kBlock, grid.tokens() - position));
   }
-  /// The tokens of a pair's tile, none behind the last tile or pair.
+  /// The tokens of a pair's tile; none if there is no such tile or pair.
   void tile_block(const Grid& grid, const Tiling& tiling, i64 pair, i64 index, Block& block) const {
     block.clear(0);
     if (pair >= pairs() || index >= tiling.count()) return;
@@ -91,7 +91,7 @@ struct AttentionCall {
   i64 sums_elements() const { return c.matrices() + c.padded_count(); }
   Sums<T> sums_at(T* memory) const { return {memory, memory + c.matrices()}; }
 
-  /// sums = the slots' partial sums, in order.
+  /// Adds up the slots' partial sums, in order, into `sums`.
   void add_partials(const T* partials, i64 stride, int slots, const Sums<T>& sums) const {
     for (i64 i = 0; i < sums_elements(); i += kLanes<T>) {
       Vec<T> sum = load(partials + i);
@@ -103,7 +103,7 @@ struct AttentionCall {
   /// Whether the windows are so small that their scores take fewer products than S does.
   bool can_score() const { return keys.prefix == 0 && scores_pay(queries.tokens(), keys.tokens(), c.dim); }
 
-  /// Of one product of a head with `count` tokens, see Upcoming.
+  /// How often one product of a head with `count` tokens calls Upcoming::step().
   i64 head_steps(i64 count) const { return product_steps<T>(count, c.padded, c.dim); }
 
   double forward_flops() const {
@@ -127,7 +127,7 @@ struct AttentionCall {
   void map_queries(const Block& block, const FocusParameters<T>& f, Features<T>& to) const {
     focus_query.forward(rows_of<X>(in.query, block).at, {}, block.count, to.z, c, f, to.norms);
   }
-  /// rest[t] = eps / factor: what a query's factor leaves of eps where it cancels.
+  /// rest[t] = eps / factor. The factor of a query cancels in (Q S) / (Q m + eps) but for this.
   void eps_by_factor(const Norms<T>& norms, int count, T* rest) const {
     for (int t = 0; t < count; ++t) rest[t] = eps / norms.factor[t];
   }
@@ -147,7 +147,8 @@ struct AttentionCall {
     });
   }
 
-  /// sum(from, to, into) for the chains (kChainBlocks) of [begin, end), their sums added up in order.
+  /// Calls sum(from, to, into) for each chain (kChainBlocks) of [begin, end) and adds the chains' sums up, in
+  /// order.
   template <class Sum>
   void in_chains(i64 begin, i64 end, const Sums<T>& chain, const Sums<T>& total, const Sum& sum) const {
     constexpr i64 kChain = kChainBlocks * kBlock;
@@ -159,7 +160,7 @@ struct AttentionCall {
     }
   }
 
-  /// Of the keys up to `last`, those of [begin, end).
+  /// sum_keys() of one chain, keys [begin, end); the slot will read keys up to `last`.
   template <class Expect>
   void sum_keys_chain(i64 pair, i64 begin, i64 end, i64 last, const FocusParameters<T>& f,
                       Features<T>& features, T* values, const Sums<T>& sums,
@@ -201,13 +202,13 @@ struct AttentionCall {
     scores.weigh_keys();
   }
 
-  /// Adds what a block's keys will read of key_bias.
+  /// Adds the rows of key_bias that a block's keys will read.
   void expect_bias(const Block& block, Upcoming& upcoming) const {
     const Parameter& bias = in.mapping.key_bias;
     if (!bias || element_size(bias.dtype) != static_cast<i64>(sizeof(X))) return;
     upcoming.add_rows(static_cast<const X*>(bias.data), c.count(), block.position, block, c.count());
   }
-  /// Adds the keys and values of a pair to come; its rows of key_bias were those of the one at hand.
+  /// Adds the keys and values that a pair to come will read. (All pairs read the same key_bias.)
   void expect_keys(i64 pair, i64 position, Upcoming& upcoming) const {
     Block block;
     first_block(keys, pair, position, block);
@@ -216,8 +217,8 @@ struct AttentionCall {
   }
 
   // A state keeps S and m without padding: (saved windows, heads, dim, dim), then m, window by window.
-  /// Where a state of `saved` windows has a pair's S and m, or -1. Those it has are spread evenly, so that
-  /// every slot finds as many.
+  /// Where a state of `saved` windows holds the S and m of a pair, or -1 if it does not. The windows it holds
+  /// are spread evenly over the pairs, so that every slot finds as many.
   i64 saved_at(i64 pair, i64 saved) const {
     const i64 at = pair * saved / pairs();
     return (pair + 1) * saved / pairs() > at ? at * window_state_elements(geometry) : -1;

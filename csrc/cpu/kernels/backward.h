@@ -4,8 +4,8 @@
 //                  factor dQ = W - b m                dS = sum of (z^p)^T (a g)    dm = -sum of b z^p
 //     key pass     dK = (V dS^T + dm) / M             dV = K dS / M + flipped taps of g
 //
-// W gives both dQ and the quotient's derivative, so the output is not computed again. Small windows go by
-// scores.h instead, both passes in one.
+// W gives both dQ and the quotient's derivative, so the output is not computed again. Small windows use
+// scores.h instead, and both passes are one.
 #pragma once
 
 #include "backward_memory.h"
@@ -31,6 +31,9 @@ class BackwardKernel {
   BackwardKernel(const BackwardKernel&) = delete;  // memory_ refers to call_ and plan_
 
   void run(const Parallel& parallel) {
+    // Every slot that does whole pairs sums the gradient of key_bias for itself. Above this size [bytes] of
+    // all sums the slots share every pair, and one sum. Not measured; chosen so that the sums stay in the
+    // last-level cache of any server.
     constexpr i64 kMostBiasBytes = 8 << 20;
     Shared shared{};
     shared.bias_elements = p_.grad_key_bias ? call_.keys.tokens() * call_.c.padded_count() : 0;
@@ -86,7 +89,7 @@ class BackwardKernel {
   }
 
  private:
-  /// Where a slot's part of a pair begins.
+  /// Where a slot's part of a pair begins: a position, a position, a tile number.
   struct Start {
     i64 key = 0, query = 0, tile = 0;
   };
@@ -241,7 +244,8 @@ class BackwardKernel {
     memory_.end_chain(scratch);
   }
 
-  // What the passes read and write, for reading ahead: of a block; from there on; none behind the last pair.
+  // Add what the passes will read and write to what is read ahead: of a block, or of the first block from a
+  // place of a pair on; nothing if there is no such pair.
   void expect_queries(const Block& block, Upcoming& upcoming) const {
     upcoming.add<X>(call_.in.query, block, call_.c.count());
     upcoming.add<X>(p_.grad_out, block, call_.c.count());
@@ -284,8 +288,9 @@ class BackwardKernel {
     }
   }
 
-  /// dk, dv and their part of dscale, dkey_bias, dweight, dbias of tiles [begin, end) of a window. The sum of
-  /// key_bias's gradient, which may be as large as the keys, is not cleared but begun by the `is_first` pair.
+  /// dk, dv and their part of dscale, dkey_bias, dweight, dbias of tiles [begin, end) of a window. The pair
+  /// that `is_first` stores its part of dkey_bias, so that a sum as large as the keys need not be cleared.
+  /// `mapped` says that the keys' features are at hand.
   template <class Expect>
   void key_pass(i64 pair, i64 begin, i64 end, bool is_first, bool mapped, Scratch& scratch,
                 const Expect& expect_next) const {
@@ -340,7 +345,7 @@ class BackwardKernel {
     }
   }
 
-  /// One head's dv, and its part of dweight and dbias, of a tile; null: of tokens without taps.
+  /// One head's dv, and its part of dweight and dbias. `tile` is null for tokens that have no taps.
   void value_head(i64 h, int count, const Tile* tile, const T* values, const T* dv, Scratch& scratch,
                   const Rows<X>& grad_value, Upcoming& upcoming) const {
     if (!tile) {
@@ -412,7 +417,7 @@ class BackwardKernel {
   BackwardMemory<X> memory_;
   struct {
     bool query, key, value;
-  } streams_;  // which gradients are streamed, see is_streamed
+  } streams_;  // which gradients are written past the caches, see is_streamed
 };
 
 }  // namespace flatten::cpu::FLATTEN_ISA

@@ -39,16 +39,17 @@ class BackwardMemory {
   BackwardMemory(const AttentionBackward& p, const AttentionCall<X>& call, const BackwardPlan<X>& plan)
       : p_(p), call_(call), plan_(plan) {}
 
-  /// dy y and dbias as padded rows, dweight in the kernels' order.
+  /// Sums that become gradients: of dy * y (scale) and of the taps' bias as padded rows, of the taps' weight
+  /// in the kernels' order.
   struct ParameterSums {
     T *scale, *bias, *weight;
   };
 
-  /// What the slots of a call share or leave for each other; per slot unless said.
+  /// What the slots of a call share or leave for each other: one of each per slot, unless said otherwise.
   struct Shared {
-    T *partial_sums, *partial_gradients;  // of the pair at hand
+    T *partial_sums, *partial_gradients;  // S and m, dS and dm of the pair at hand
     ParameterSums parameters;
-    T* key_bias;  // bias_slots times window_keys padded rows
+    T* key_bias;  // the sum of its gradient: window_keys padded rows for each of bias_slots
     i64 partial_stride, bias_elements;
     int bias_slots;
     bool bias_in_place;  // key_bias is the gradient's own memory
@@ -59,16 +60,17 @@ class BackwardMemory {
     FocusParameters<T> focus;
     Features<T> features, key_features;
     T* inverse_scale;
-    T* gradient;     // of a block of features, times their factors
-    T *packed, *dv;  // one head of a block
+    T* gradient;     // factor dQ or factor dK of a block
+    T *packed, *dv;  // of one head of a block
     Sums<T> sums, gradients;
     T* transposed;  // S^T in the query pass, dS^T in the key pass
     Scores<T> scores;
     T *weights, *zero_bias;
     TapsRing<X, T> ring;
-    ParameterSums chain, total;  // of the tokens since the last end_chain; of this slot, in Shared
-    T* key_bias_sum;             // this slot's part of Shared, null where not asked for
-    bool bias_streamed;          // as in Shared
+    ParameterSums chain;  // of the tokens since the last end_chain()
+    ParameterSums total;  // of this slot, in Shared
+    T* key_bias_sum;      // this slot's part of Shared::key_bias, null where nobody asked for it
+    bool bias_streamed;   // as in Shared
   };
 
   i64 weight_elements() const { return p_.grad_weight ? plan_.shape.weight_elements() : 0; }
@@ -148,13 +150,13 @@ class BackwardMemory {
     }
   }
 
-  /// What the forward saved of a pair; null: nothing.
+  /// The S and m of a pair that the forward saved, or null.
   const T* state_of(i64 pair) const {
     const i64 at = p_.state ? call_.saved_at(pair, p_.saved_windows) : -1;
     return at < 0 ? nullptr : static_cast<const T*>(p_.state) + at;
   }
 
-  /// S^T and m for the query pass, from the state if there is one, else from `sums`.
+  /// Prepares S^T and m for the query pass, from the state if it has them, else from `sums`.
   void take_sums(i64 pair, const Scratch& scratch) const {
     const T* state = state_of(pair);
     if (state && call_.c.dim == call_.c.padded) {  // the state is laid out as `sums` are
@@ -167,7 +169,7 @@ class BackwardMemory {
     transpose_matrices(scratch.sums.s, scratch.transposed);
   }
 
-  /// The slots' sums, in order, into the parameters' gradients.
+  /// Adds up the slots' sums, in order, into the parameters' gradients.
   void write_gradients(const Shared& shared, int slots) const {
     for (i64 c = 0; p_.grad_scale && c < call_.c.count(); ++c) {
       // y = (relu(x) + eps) / scale, so dscale = -sum of dy y / scale.
@@ -182,7 +184,7 @@ class BackwardMemory {
                          p_.grad_bias);
   }
 
-  /// The same of rows [begin, end) of key_bias.
+  /// The same for rows [begin, end) of key_bias.
   void write_key_bias_gradient(const Shared& shared, i64 begin, i64 end) const {
     for (i64 j = begin; j < end; ++j) {
       for (i64 h = 0; h < call_.c.heads; ++h) {

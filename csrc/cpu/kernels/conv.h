@@ -7,7 +7,7 @@
 
 namespace flatten::cpu::FLATTEN_ISA {
 
-/// Both directions go tile by tile.
+/// Both directions work tile by tile: the backward's grad_x is a convolution of grad_out.
 template <class X>
 class ConvKernel {
   using T = Accumulate<X>;
@@ -102,9 +102,9 @@ class ConvKernel {
     work.ring = TapsRing<X, T>(shape_, arena, in_place);
   }
 
-  /// body(work) for every tile of every window, with `source` in the ring, and end_chain(work) after every
-  /// kChainBlocks and the last: float32 sums stay short (see AttentionCall::in_chains). All pairs' tiles
-  /// form one list, which the slots share evenly.
+  /// Calls body(work) for every tile of every window, with the rows of `source` in the ring, and
+  /// end_chain(work) after every kChainBlocks tiles and after the last, so that float32 sums stay short
+  /// (kChainBlocks says why). The tiles of all pairs form one list, which the slots share evenly.
   template <class Body, class EndChain>
   void for_each_tile(const Parallel& parallel, const Schedule& plan, bool transposed, const Tokens& source,
                      const Body& body, const EndChain& end_chain) const {

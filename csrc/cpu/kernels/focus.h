@@ -7,6 +7,7 @@
 // so that nothing over- or underflows for any p.
 #pragma once
 
+#include <stdexcept>
 #include <type_traits>
 
 #include "../vec/power.h"
@@ -40,14 +41,14 @@ void fill_inverse_scale(const Mapping& mapping, Channels c, T* inverse_scale) {
   }
 }
 
-/// Of every row of a block: phi = factor z^p with z = y * inverse_divisor, and the sums of z^2 and z^2p. An
-/// inverse_divisor of 0 marks a row of zeros, whose gradient is 0.
+/// What is kept of every row of a block, besides z^p: phi = factor z^p with z = y * inverse_divisor, and the
+/// sums of z^2 and z^2p over its channels. An inverse_divisor of 0 marks a row of zeros, whose gradient is 0.
 template <class T>
 struct Norms {
   T factor[kBlock], squares[kBlock], powers[kBlock], inverse_divisor[kBlock];
 };
 
-/// y^p for the p compiled in; kP = 0 stands for any.
+/// y^p for the p that is compiled in; kP = 0 stands for any p.
 template <int kP, class T>
 FLATTEN_INLINE Vec<T> power_p(Vec<T> y, FocusParameters<T> f) {
   if constexpr (kP == 1) return y;
@@ -68,7 +69,7 @@ struct BiasRows {
   const void* data = nullptr;
   const i64* position = nullptr;
 };
-/// In place of key_bias' element type.
+/// Stands for the element type of key_bias where there is none.
 struct NoBias {};
 
 template <class B>
@@ -77,7 +78,8 @@ FLATTEN_INLINE const B* bias_row(BiasRows bias, int t, i64 channels) {
   return static_cast<const B*>(bias.data) + (bias.data ? bias.position[t] * channels : 0);
 }
 
-/// What phi maps: kLanes elements of a row, of which `left` are the head's. kWhole: heads are whole vectors.
+/// The next vector of x + key_bias, of which `left` elements belong to the head. kWhole says that heads
+/// consist of whole vectors.
 template <bool kWhole, class X, class B>
 FLATTEN_INLINE Vec<Accumulate<X>> load_input(const X* x, const B* bias, i64 at, i64 left) {
   const Vec<Accumulate<X>> xv = kWhole ? load(x + at) : load_at_most(x + at, left);
@@ -88,7 +90,7 @@ FLATTEN_INLINE Vec<Accumulate<X>> load_input(const X* x, const B* bias, i64 at, 
   }
 }
 
-/// A row whose sums leave the safe range: y first, then z = y / max y.
+/// Maps one row whose sums leave the safe range: y first, then z = y / max y.
 template <int kP, class X, class B, class T>
 __attribute__((noinline)) void focus_row_safely(const X* x, const B* bias, int t, T* z, Channels c,
                                                 FocusParameters<T> f, Norms<T>& norms) {
@@ -131,8 +133,9 @@ FLATTEN_INLINE void focus_rows(const X* const* x, BiasRows bias, int t, T* z, Ch
   const X* row[R];
   const B* row_bias[R];
   for (int r = 0; r < R; ++r) row[r] = x[t + r], row_bias[r] = bias_row<B>(bias, t + r, c.count());
-  // Where x <= 0, y^2p is (eps / scale)^2p: on its own a subnormal number, which costs some processors 150
-  // cycles. It is none beside this start, which is nothing beside any sum of the safe range.
+  // Where x <= 0, y^2p is (eps / scale)^2p. A sum of such numbers alone would be subnormal, which costs some
+  // processors 150 cycles an operation. The sums therefore start at a number that is normal, yet nothing
+  // beside any sum of the safe range.
   constexpr T kStart = sizeof(T) == 4 ? T(1e-30) : T(1e-200);
   for (int r = 0; r < R; ++r) powers[r] = broadcast(kStart);
   for (i64 h = 0; h < c.heads; ++h) {
@@ -162,6 +165,10 @@ FLATTEN_INLINE void focus_rows(const X* const* x, BiasRows bias, int t, T* z, Ch
 template <int kP, bool kWhole, class B, class X, class T>
 void focus_block(const X* const* x, BiasRows bias, int count, T* z, Channels c, FocusParameters<T> f,
                  Norms<T>& norms) {
+  // The safe range of the sums, [1 / kSafe, kSafe]. Float32 ends at 1e-38 and 1e38. Beside a sum of 1e-20,
+  // the terms that underflow are below 1e-18 of it. With sums up to 1e20 no y^p is above 1e10, so that a
+  // product of two features leaves 1e18 for values and numbers of tokens. Float64 (1e-308, 1e308) leaves
+  // more.
   constexpr T kSafe = sizeof(T) == 4 ? T(1e20) : T(1e100);
   int t = 0;
   for (; t + 4 <= count; t += 4) focus_rows<kP, kWhole, 4, B>(x, bias, t, z, c, f, norms);
@@ -182,18 +189,18 @@ void focus_block(const X* const* x, BiasRows bias, int count, T* z, Channels c, 
   }
 }
 
-/// Where the gradients of a block's rows go, besides scale: each may be null.
+/// Where the gradients of a block's rows go; each may be null.
 template <class X, class T>
 struct RowGradients {
-  X* const* dx = nullptr;      // rounded and stored
-  T* bias_sum = nullptr;       // rows like key_bias' but padded, to which dx is added
-  T* scale_sum = nullptr;      // dy y added, padded like a row; the gradient of scale follows from it
-  bool is_first = false;       // bias_sum holds nothing yet
-  bool streamed = false;       // of dx, see is_streamed
-  bool bias_streamed = false;  // only where it is first
+  X* const* dx = nullptr;      // the gradient of x, rounded to X
+  T* bias_sum = nullptr;       // padded rows, one per row of key_bias: dx is added to them
+  T* scale_sum = nullptr;      // a padded row: dy * y is added; the gradient of scale follows from it
+  bool is_first = false;       // bias_sum holds nothing yet: dx is stored there
+  bool streamed = false;       // dx is written past the caches, see is_streamed
+  bool bias_streamed = false;  // so is bias_sum; only where is_first holds
 };
 
-/// The gradients of R rows from row t on, none of them dead.
+/// The gradients of R rows from row t on, none of which is a row of zeros.
 template <int kP, bool kWhole, int R, class B, class X, class T>
 FLATTEN_INLINE void focus_rows_backward(const X* const* x, BiasRows bias, int t, const T* gradient,
                                         Channels c, FocusParameters<T> f, const Norms<T>& norms, const T* dot,
@@ -321,8 +328,9 @@ struct Focus {
   static Focus select(const Mapping& mapping, const Parameter& bias, Channels c) {
     if (!mapping.focused) return {&copy_block<X, T>, &copy_block_backward<X, T>};
     if (!bias) return of_width<NoBias>(mapping.focusing_factor, c);
-    const bool as_wide = bias.dtype == Dtype::kFloat32 || bias.dtype == Dtype::kFloat64;
-    return as_wide ? of_width<T>(mapping.focusing_factor, c) : of_width<X>(mapping.focusing_factor, c);
+    if (bias.dtype == dtype_of(T{})) return of_width<T>(mapping.focusing_factor, c);
+    if (bias.dtype == dtype_of(X{})) return of_width<X>(mapping.focusing_factor, c);
+    throw std::logic_error("flatten: key_bias has neither the tokens' dtype nor the one they accumulate in");
   }
 };
 

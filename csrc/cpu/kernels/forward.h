@@ -83,10 +83,11 @@ class ForwardKernel {
   struct Scratch {
     FocusParameters<T> focus;
     Features<T> features;
-    T *inverse_scale, *values, *attended;  // the last two: one head of a block
+    T* inverse_scale;
+    T *values, *attended;  // of one head of a block
     Sums<T> sums;
     Scores<T> scores;
-    Rows<const X> values_of_window;  // by scores
+    Rows<const X> values_of_window;  // of a window that goes by scores
     T *weights, *bias;
     TapsRing<X, T> ring;
   };
@@ -126,14 +127,15 @@ class ForwardKernel {
     if (at >= 0) call_.save_state(sums, state_ + at);
   }
 
-  /// Adds the queries of a tile of a pair to come; none behind the last.
+  /// Adds the queries of a tile of a pair to come; nothing if there is no such tile or pair.
   void expect_queries(i64 pair, i64 index, Upcoming& upcoming) const {
     Block block;
     call_.tile_block(call_.queries, tiling_, pair, index, block);
     upcoming.add<X>(call_.in.query, block, call_.c.count());
   }
 
-  /// The output of tiles [begin, end) of a window; expect_next(upcoming) adds what the slot reads then.
+  /// The output of tiles [begin, end) of a window. expect_next(upcoming) adds what the slot will read after
+  /// them.
   template <class Expect>
   void attend(i64 pair, i64 begin, i64 end, Scratch& scratch, const Expect& expect_next) const {
     const i64 image = call_.image(pair), window = call_.window(pair);

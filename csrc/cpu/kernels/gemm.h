@@ -6,7 +6,8 @@
 
 namespace flatten::cpu::FLATTEN_ISA {
 
-/// Steps of a product between two of Upcoming's.
+/// Steps of a product between two calls of Upcoming::step(). Measured: four or sixteen are no better
+/// (benchmarks/NOTES.md, "Its pace").
 constexpr i64 kStepsAtOnce = 8;
 
 /// acc[r][v] += sum over k of a[r * a_row + k * a_step] * b[k * b_step + v * lanes]
@@ -31,14 +32,16 @@ FLATTEN_INLINE void accumulate(Vec<T> (&acc)[R][V], const T* a, i64 a_row, i64 a
   for (; steps > 0; --steps) step();
 }
 
-/// Vectors of a row that a tile takes of those left: two (or four), three where one would be left alone, so
-/// that 8 to 24 sums are under way and hide each other's latency.
+/// How many of the `left` vectors of a row the next tile takes: two, or four where there are 32 registers,
+/// but three where that would leave a last tile of one vector. Tiles then have 8 to 24 sums, which hide each
+/// other's latency.
 constexpr i64 tile_vectors(i64 left) {
   const bool wide = kRegisters == 32;
   return left == 1 ? 1 : left == 3 ? 3 : !wide || left == 2 ? 2 : left == 5 ? 3 : 4;
 }
 constexpr int kMostVectors = kRegisters == 32 ? 4 : 3;
-/// Whether rows of `vectors` vectors have tiles of `size`; 0 vectors stands for any number.
+/// Whether rows of `vectors` vectors are cut into some tile of `size` vectors; true if `vectors` is 0, which
+/// stands for any number.
 constexpr bool has_tiles_of(i64 vectors, i64 size) {
   for (i64 left = vectors; left > 0; left -= tile_vectors(left)) {
     if (tile_vectors(left) == size) return true;
@@ -46,7 +49,7 @@ constexpr bool has_tiles_of(i64 vectors, i64 size) {
   return vectors == 0;
 }
 
-/// Rows a tile of so many vectors may have: its sums, a vector of each step and a broadcast fill the
+/// The most rows of a tile of `vectors` vectors: its sums, the vectors of one step and one broadcast fill the
 /// registers.
 template <class T>
 constexpr int tile_rows(i64 vectors) {
@@ -85,7 +88,7 @@ i64 product_steps(i64 rows, i64 padded, i64 steps) {
   return tiles * (steps / kStepsAtOnce);
 }
 
-/// kSquare: `steps` is kPadded too.
+/// A tile of product(). kSquare says that `steps` is kPadded too.
 template <class T, int kPadded, bool kSquare>
 struct ProductTile {
   const T *a, *b, *start, *factor;
@@ -111,7 +114,7 @@ struct ProductTile {
   }
 };
 
-/// kAdds: to what `sum` holds.
+/// A tile of outer_product(). kAdds says that `sum` holds something to add to.
 template <class T, int kPadded, bool kAdds>
 struct OuterTile {
   const T *a, *b;

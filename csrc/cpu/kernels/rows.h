@@ -28,8 +28,8 @@ Rows<X> rows_of(const MutableTokens& x, const Block& block) {
   return rows;
 }
 
-/// Whether a result, `tokens` rows of every image, is written past the caches: where it is large, rows begin
-/// lines, and heads are whole ones.
+/// Whether a result of `tokens` rows an image is written past the caches. It is where it is large, every row
+/// begins a cache line, and every head consists of whole lines.
 template <class X>
 bool is_streamed(const MutableTokens& to, const Geometry& g, i64 tokens) {
   if constexpr (kFillsLine<X>) {
@@ -42,18 +42,19 @@ bool is_streamed(const MutableTokens& to, const Geometry& g, i64 tokens) {
   return false;
 }
 
-/// Rows that will be needed soon. The products and taps of the block at hand call step() every hundred
-/// vector operations or so, and a few lines are fetched each time: of many at once some would be dropped.
+/// Memory that the next block will read. The products and taps of the block at hand call step() every hundred
+/// vector operations or so, and each call prefetches a few cache lines. (Many lines at once are slower: the
+/// core drops requests beyond those it can keep track of.)
 class Upcoming {
  public:
-  /// Starts over; the lines of all rows added from here on are spread over about `steps` steps.
+  /// Forgets everything; the lines of all rows added from here on will be spread over about `steps` steps.
   void plan(i64 steps) {
     steps_ = greater(steps, 1);
     spans_ = next_ = 0;
     lines_ = per_step_ = 0;
     at_ = end_ = nullptr;
   }
-  /// The block's rows of a tensor.
+  /// Adds the block's rows of a tensor.
   template <class X>
   void add(const Tokens& x, const Block& block, i64 channels) {
     const X* image = static_cast<const X*>(x.data) + block.image * x.batch_stride;
@@ -63,7 +64,8 @@ class Upcoming {
   void add(const MutableTokens& x, const Block& block, i64 channels) {
     add<X>(Tokens{x.data, x.batch_stride, x.token_stride}, block, channels);
   }
-  /// Rows index[t] of a matrix, for every t of the block, where runs go up by one.
+  /// Adds rows index[t] of a matrix for every token t of the block; within a run of the block the indices go
+  /// up by one.
   template <class X>
   void add_rows(const X* rows, i64 stride, const i64* index, const Block& block, i64 channels) {
     const i64 bytes = channels * static_cast<i64>(sizeof(X));
@@ -93,7 +95,9 @@ class Upcoming {
   }
 
  private:
-  static constexpr i64 kLine = 64;
+  static constexpr i64 kLine = 64;  // [bytes]
+  // Spans that are kept; others are not read ahead. A key pass adds the most: a block's rows of k, v, their
+  // gradients and key_bias, and of the output's gradient for the taps, a span a row at the worst.
   static constexpr int kMost = 6 * kBlock;
   struct Span {
     const char *begin, *end;
@@ -115,7 +119,7 @@ class Upcoming {
   const char *at_ = nullptr, *end_ = nullptr;
 };
 
-/// Loads or stores kLanes elements, or the `count` that are left of a head.
+/// Loads or stores a vector, or `count` elements where a head has no more left.
 template <class X>
 FLATTEN_INLINE Vec<Accumulate<X>> load_at_most(const X* p, i64 count) {
   return count < kLanes<Accumulate<X>> ? load_partial(p, count) : load(p);
@@ -129,7 +133,7 @@ FLATTEN_INLINE void store_at_most(X* p, Vec<Accumulate<X>> x, i64 count) {
   }
 }
 
-/// `dim` elements to `padded`, and back.
+/// Copies one head's `dim` elements, times a factor, to a row padded with zeros; and back.
 template <class X, class T>
 FLATTEN_INLINE void pack(const X* from, T* to, i64 dim, T factor) {
   for (i64 d = 0; d < dim; d += kLanes<T>) store(to + d, load_at_most(from + d, dim - d) * factor);
@@ -139,7 +143,7 @@ FLATTEN_INLINE void unpack(const T* from, X* to, i64 dim) {
   for (i64 d = 0; d < dim; d += kLanes<T>) store_at_most(to + d, load(from + d), dim - d);
 }
 
-/// One head of a block's rows, times factor[t], into rows of `padded` elements.
+/// Copies one head of a block's rows, times factor[t], to rows of `padded` elements.
 template <class X, class T>
 void pack_head(const Rows<const X>& rows, int count, i64 head, Channels c, const T* factor, T* to) {
   for (int t = 0; t < count; ++t, to += c.padded) {
@@ -175,7 +179,7 @@ void add_to(T* y, const T* x, i64 count) {
   for (i64 i = 0; i < count; i += kLanes<T>) store(y + i, load(y + i) + load(x + i));
 }
 
-/// What the sum of the lanes makes the dot product of two padded rows.
+/// A vector whose lanes add up to the dot product of two padded rows.
 template <class T>
 FLATTEN_INLINE Vec<T> dot_lanes(const T* a, const T* b, i64 padded) {
   Vec<T> dot = load(a) * load(b);
@@ -208,13 +212,16 @@ FLATTEN_INLINE auto with_elements(const P& p, const Body& body) {
         return body(elements_of<BFloat16>(p));
       case Dtype::kFloat16:
         return body(elements_of<Float16>(p));
-      default:
+      case Dtype::kFloat32:
         return body(elements_of<float>(p));
+      case Dtype::kFloat64:
+        break;  // goes with float64 tokens alone, which the host checked
     }
+    __builtin_trap();
   }
 }
 
-/// kLanes elements of a parameter; fewer at the end of a row.
+/// Loads a vector of a parameter from `index` on, or `count` elements where the row has no more left.
 template <class T>
 FLATTEN_INLINE Vec<T> load_parameter(const Parameter& p, i64 index, i64 count) {
   return with_elements<T>(p, [&](const auto* elements) { return load_at_most(elements + index, count); });
@@ -232,7 +239,7 @@ T read_parameter(const Parameter& p, i64 index) {
   return with_elements<T>(p, [&](const auto* elements) { return value_at(elements + index); });
 }
 
-/// Stores kLanes elements of a parameter; fewer at the end of a row.
+/// Stores a vector of a parameter, or `count` elements where the row has no more left.
 template <class T>
 FLATTEN_INLINE void store_parameter(const MutableParameter& p, i64 index, Vec<T> x, i64 count) {
   with_elements<T>(p, [&](auto* elements) { store_at_most(elements + index, x, count); });

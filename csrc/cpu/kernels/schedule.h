@@ -13,8 +13,10 @@ struct Schedule {
   int slots;
   i64 whole, pairs;
 
-  /// `flops` of the whole call; `tokens` of one pair; `share_all` to have no pair done whole.
+  /// `flops` counts the whole call, `tokens` one pair. `share_all` asks that no pair is done whole.
   static Schedule make(const Parallel& parallel, i64 pairs, i64 tokens, double flops, bool share_all) {
+    // Not measured for itself; chosen so that a thread's share takes 20 to 40 us (25 to 50 GFLOP/s a core), a
+    // few times the 8 us by which threads were seen to meet later (benchmarks/NOTES.md).
     constexpr double kFlopsWorthAThread = 1e6;
     const i64 useful = static_cast<i64>(flops / kFlopsWorthAThread) + 1;
     const bool can_share = tokens >= 2 * kBlock;

@@ -13,13 +13,14 @@
 
 namespace flatten::cpu::FLATTEN_ISA {
 
-/// Whether a window's scores take fewer products than its S. A row of them lies in a row of a head.
+/// Whether the scores of a window take fewer products than its S. They must fit the head's rows: a row of
+/// scores has as many elements as there are keys.
 inline bool scores_pay(i64 queries, i64 keys, i64 dim) {
   return queries <= kBlock && keys <= smaller(kBlock, dim) && 2 * queries * keys < (queries + keys) * dim;
 }
 
-/// What is kept of a window's keys, and what one head computes from them. Rows lie `padded` apart; those of z
-/// and `values` behind the last key, up to whole vectors of keys, are zeros.
+/// The keys of one window, and what one head computes from them. Rows lie `padded` elements apart. z and
+/// `values` have rows of zeros behind the last key, up to a whole vector of keys.
 template <class T>
 class Scores {
  public:
@@ -34,7 +35,7 @@ class Scores {
     c_ = c;
     keys_ = keys;
     columns_ = ceil_div(keys, kLanes<T>) * kLanes<T>;
-    // 49 keys are 48 and one.
+    // 49 keys, say, are 48 by a product and one by dot products.
     const i64 rest = keys % kLanes<T>;
     by_product_ = rest <= kMostDots ? keys - rest : columns_;
     gemm_ = Gemm<T>::select(c.dim, c.padded);
@@ -114,7 +115,9 @@ class Scores {
   }
 
  private:
-  /// Dot products with a key that take less than a vector of columns.
+  /// The most columns of A that are formed by dot products, a key each, in place of another vector of columns
+  /// in the product. For a row that vector takes dim fused products, a dot product dim / kLanes and the sum
+  /// of the lanes: with a quarter of kLanes the rest is gained. Measured at 49 keys (benchmarks/NOTES.md).
   static constexpr int kMostDots = kLanes<T> / 4;
 
   /// to[t][j] = a[t] . b[j] for every key j, and zeros up to whole vectors.
@@ -134,8 +137,8 @@ class Scores {
 
   Channels c_;
   int keys_;
-  i64 columns_;     // of A: the keys, in whole vectors
-  i64 by_product_;  // those formed by a product, the rest by dot products
+  i64 columns_;     // columns of A: the keys, in whole vectors
+  i64 by_product_;  // columns that a product forms; dot products form the others
   Gemm<T> gemm_;
   T* transposed_;
   T weight_[kBlock];  // factor / M of every key

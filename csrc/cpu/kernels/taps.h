@@ -5,13 +5,14 @@
 
 namespace flatten::cpu::FLATTEN_ISA {
 
-/// Those of the columns that a run of outputs reaches which there are, counted from its leftmost tap.
+/// The columns [first, end) that exist among those a run of outputs reads, counted from the column of the
+/// run's leftmost tap.
 struct Columns {
   i64 first, end;
 };
 
-/// One vector of channels of R adjacent outputs: sums[i] += taps. `rows` + offset is the column and channels
-/// of the first output's leftmost tap, column `stride` elements before the next.
+/// Adds the taps of one vector of channels to R adjacent outputs, sums[0] ... sums[R - 1]. `rows[dy]` +
+/// offset points at the first output's leftmost tap; adjacent columns lie `stride` elements apart.
 template <int kKernelW, int R, class T>
 FLATTEN_INLINE void convolve_outputs(const T* const* rows, i64 offset, i64 stride, Columns present,
                                      const T* weights, i64 first, i64 last, i64 kernel_w, Vec<T> (&sums)[R]) {
@@ -20,7 +21,8 @@ FLATTEN_INLINE void convolve_outputs(const T* const* rows, i64 offset, i64 strid
     const T* in = immediate_offsets(rows[dy] + offset);
     const T* w = weights + dy * kernel_w * kV;
     if constexpr (kKernelW != 0) {
-      // The weights that find no register beside the sums stay in memory, read by every operation anew.
+      // As many weights as find a register beside the sums are loaded once; the others are read from memory
+      // by every operation.
       constexpr int kHeld = static_cast<int>(smaller(kKernelW, kRegisters - 1 - R));
       Vec<T> held[kHeld];
       unrolled<kHeld>([&](auto k) FLATTEN_INLINED { held[k] = load(w + k * kV); });
@@ -52,7 +54,8 @@ FLATTEN_INLINE void convolve_outputs(const T* const* rows, i64 offset, i64 strid
   }
 }
 
-/// Outputs of a run: enough sums under way to hide each other's latency.
+/// The most outputs of a run: enough independent sums to hide the latency of a fused product (4 cycles, two a
+/// cycle: 8), and no more than fit the registers beside a weight and an element (14 of 16).
 template <class T>
 constexpr int most_outputs() {
   if (sizeof(T) == 8) return 4;  // fewer to compile
@@ -64,12 +67,12 @@ template <class X, class T>
 struct TapsOutput {
   const T* start;  // rows of `padded` elements, one per token of the tile
   const T* bias;   // padded like a row of the head
-  X* const* rows;  // the tokens' rows
-  i64 channel;     // of the head's first
+  X* const* rows;  // the tokens' rows of the result
+  i64 channel;     // where the head begins in a row
   bool streamed;   // see is_streamed
 };
 
-/// The last channels, fewer than a vector, of `count` outputs: `left` from channel d on.
+/// Stores the `left` channels from d on, which are fewer than a vector, of `count` outputs.
 template <class X, class T>
 __attribute__((noinline)) void store_rest(X* const* to, i64 d, i64 left, const T* sums, int count) {
   for (int r = 0; r < count; ++r) store_partial(to[r] + d, load(sums + r * kLanes<T>), left);
@@ -125,8 +128,8 @@ i64 convolve_steps(const Tile& tile, i64 padded) {
   return tile.height * ceil_div(tile.width, most_outputs<T>()) * (padded / kLanes<T>);
 }
 
-/// Tap rows whose sums, beside a few more vectors, fill the registers; most kernels have no more than they
-/// have columns.
+/// How many tap rows correlate_rows() takes at once: so many that their sums and a few more vectors fill the
+/// registers, and no more than a square kernel has.
 template <int kKernelW, class T>
 constexpr int most_tap_rows() {
   if (kKernelW == 0 || sizeof(T) == 8) return 1;  // fewer to compile
@@ -139,7 +142,8 @@ template <int kKernelW, int G, class T>
 FLATTEN_INLINE void correlate_rows(const T* const* rows, i64 offset, const T* v, i64 padded, i64 dy,
                                    const Tile& tile, T* sum) {
   constexpr int kV = kLanes<T>;
-  // Of two adjacent columns at a time, where registers allow, all but one of the elements are the same.
+  // Where registers allow, two adjacent columns are taken at once: they share all but one of the elements
+  // that each of them reads.
   constexpr int kColumns = kRegisters == 32 ? 2 : 1;
   Vec<T> acc[G][kKernelW];
   sum += dy * kKernelW * kV;
@@ -208,7 +212,7 @@ void correlate_head(const TapsRing<X, T>& ring, const T* v, const Tile& tile, T*
   }
 }
 
-/// sum += one head of the tile's own rows of the ring: the gradient of the bias.
+/// Adds the tile's own rows of the ring, of the head staged there, to sum: the gradient of the bias.
 template <class X, class T>
 void sum_head(const TapsRing<X, T>& ring, const Tile& tile, T* sum) {
   const TapsShape<T>& s = ring.shape();
@@ -238,6 +242,7 @@ struct TapsKernels {
   static TapsKernels make() {
     return {&convolve_head<kKernelW, X, T>, &correlate_head<kKernelW, X, T>};
   }
+  /// The widths of published models are compiled in; make<0>() takes any.
   static TapsKernels select(i64 kernel_w) {
     switch (kernel_w) {
       case 3:

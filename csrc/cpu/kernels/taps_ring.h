@@ -1,5 +1,5 @@
-// What the depthwise taps read: their weights, and the rows that a tile of tokens reaches, where they lie or
-// in a ring.
+// What the depthwise taps read: their weights, and the rows that a tile's taps reach. Those are read from the
+// tensor itself or from a ring that holds copies.
 #pragma once
 
 #include <type_traits>
@@ -14,7 +14,7 @@ struct TapsShape {
   Channels channels;
   i64 kernel_h, kernel_w, pad_h, pad_w;
   i64 ring_rows, ring_columns;
-  i64 ring_heads;    // 1 where every tile holds a whole strip: then no row outlives its head's turn
+  i64 ring_heads;    // 1 where every tile is a whole strip, so that no row is needed after its head is done
   i64 weight_heads;  // 1 where the heads share the weights
 
   static TapsShape make(const Taps& taps, Channels c, const Tiling& tiling) {
@@ -40,7 +40,7 @@ struct TapsShape {
   }
 };
 
-/// Weights into the kernels' order, `flipped` for the transposed convolution.
+/// Copies the weights into the kernels' order; `flipped` turns them round for the transposed convolution.
 template <class T>
 void fill_weights(const Taps& taps, const TapsShape<T>& shape, bool flipped, T* weights) {
   const Channels c = shape.channels;
@@ -61,7 +61,7 @@ void fill_weights(const Taps& taps, const TapsShape<T>& shape, bool flipped, T* 
   });
 }
 
-/// The bias of every channel, padded like a row; zeros without one.
+/// Fills `bias`, padded like a row, with every channel's bias, or with zeros if there is none.
 template <class T>
 void fill_tap_bias(const Taps& taps, Channels c, T* bias) {
   set_zero(bias, c.padded_count());
@@ -75,8 +75,8 @@ void fill_tap_bias(const Taps& taps, Channels c, T* bias) {
 
 /// The rows of the convolved tensor that a tile's taps reach. Each is copied once into a ring that moves down
 /// a strip of the map, zero-padded to the left and right: (heads, ring rows, vectors of a head, columns,
-/// lanes). What needs no padding (`in_place`) reads them where they lie, if they are numbers to compute with,
-/// heads are whole vectors, and the tokens of a row lie side by side.
+/// lanes). A caller that needs no padding (`in_place`) reads the rows from the tensor itself, if its elements
+/// need no conversion, heads consist of whole vectors, and the tokens of a row lie side by side.
 template <class X, class T>
 class TapsRing {
  public:
@@ -128,7 +128,7 @@ class TapsRing {
   const T* const* rows() const { return rows_; }
   i64 column_stride() const { return in_place_ ? token_stride_ : kLanes<T>; }
   i64 channel_stride() const { return in_place_ ? 1 : shape_.ring_columns; }
-  /// The columns [first, end) that there are.
+  /// The columns [first, end) that a row has, counted from the tile's first.
   i64 first_column() const { return in_place_ ? -tile_.x : -shape_.pad_w; }
   i64 end_column() const { return in_place_ ? grid_columns_ - tile_.x : tile_.width + shape_.pad_w; }
   const TapsShape<T>& shape() const { return shape_; }
@@ -182,7 +182,8 @@ class TapsRing {
   Tile tile_{};
 };
 
-/// The rows of `source` that the ring will take in for tile `next` after the one before it in its strip.
+/// Adds the rows of `source` that the ring will copy for tile `next`, the one before it in its strip being
+/// done.
 template <class X>
 void expect_ring_rows(const Tokens& source, const Grid& grid, i64 image, i64 window, Tile next, i64 pad_h,
                       i64 channels, Upcoming& upcoming) {

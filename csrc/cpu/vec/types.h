@@ -6,6 +6,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "../../params.h"
+
 // Plain functions without optimization and in sanitizer builds, where forced inlining would take minutes.
 #if defined(__OPTIMIZE__) && !defined(__SANITIZE_ADDRESS__)
 #define FLATTEN_INLINE inline __attribute__((always_inline))
@@ -52,7 +54,8 @@ struct VecType<double> {
   using type = DoubleVec;
 };
 
-/// T is an accumulate type (float or double), X a storage type.
+/// The vector of an accumulate type. Everywhere in the kernels T is an accumulate type (float or double) and
+/// X a storage type (a dtype of tokens or parameters).
 template <class T>
 using Vec = typename VecType<T>::type;
 template <class T>
@@ -68,6 +71,12 @@ struct AccumulateType<double> {
 };
 template <class X>
 using Accumulate = typename AccumulateType<X>::type;
+
+/// What params.h calls a storage type.
+constexpr Dtype dtype_of(double) { return Dtype::kFloat64; }
+constexpr Dtype dtype_of(float) { return Dtype::kFloat32; }
+constexpr Dtype dtype_of(BFloat16) { return Dtype::kBFloat16; }
+constexpr Dtype dtype_of(Float16) { return Dtype::kFloat16; }
 
 template <int N>
 struct Constant {
