@@ -31,12 +31,12 @@ from torch import Tensor
 from two_threads import time_threads
 
 from flatten_ext import attention, reference
+from flatten_ext.output import write_json, write_text
 from flatten_ext.tools.bench import stages, tables, timing
 from flatten_ext.tools.bench.check import CheckFailed, check_focused, relative_error
 from flatten_ext.tools.bench.formulas import Inputs, eager_attention, make_inputs
 from flatten_ext.tools.bench.shapes import QUICK_STAGES, STAGES, Shape, token_ladder
 from flatten_ext.tools.bench.stages import MODES, Measurement, call_of, modes_of
-from flatten_ext.tools.output import write_json, write_text
 
 CPU = torch.device("cpu")
 FORWARD, TRAINING = MODES

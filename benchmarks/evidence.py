@@ -21,8 +21,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from flatten_ext.output import write_text
 from flatten_ext.tools.bench import report
-from flatten_ext.tools.output import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"

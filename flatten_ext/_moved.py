@@ -25,9 +25,7 @@ MOVED = {
     "demo.models": "tools.micro.models",
     "demo.training": "tools.micro.training",
     "evaluate": "tools.evaluate",
-    "extras": "tools.extras",
     "figures": "tools.figures",
-    "output": "tools.output",
     "train": "tools.train",
     "visualize": "analysis",
 }

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .tools.extras import require
-from .tools.output import replacing
+from .extras import require
+from .output import replacing
 
 __all__ = ["export", "register", "translation_table"]
 

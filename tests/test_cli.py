@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import subprocess
@@ -13,9 +14,9 @@ import torch
 from setuptools import find_packages
 
 import flatten_ext
-from flatten_ext import _moved, info
-from flatten_ext.tools import cli, extras
-from flatten_ext.tools.output import replacing, write_json
+from flatten_ext import _moved, extras, info
+from flatten_ext.output import replacing, write_json
+from flatten_ext.tools import cli
 
 
 def run(*arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
@@ -164,3 +165,21 @@ def test_names_of_an_old_module_path_are_those_of_the_new():
     assert old.attention_map is flatten_ext.attention_map
     with pytest.raises(AttributeError, match="nothing"):
         old.nothing  # noqa: B018
+
+
+def test_the_library_does_not_import_the_tools_nor_the_benchmarks_the_demo():
+    folder = Path(flatten_ext.__file__).parent
+    for path in folder.rglob("*.py"):
+        names = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                base = ("flatten_ext", *path.relative_to(folder).parts)[: -node.level] if node.level else ()
+                module = ".".join((*base, *filter(None, [node.module])))
+                names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+        inside = path.relative_to(folder).parts
+        if inside[0] not in ("tools", "__main__.py"):
+            assert not {name for name in names if name.startswith("flatten_ext.tools")}, path
+        if inside[:2] == ("tools", "bench"):
+            assert not {name for name in names if name.startswith("flatten_ext.tools.demo")}, path

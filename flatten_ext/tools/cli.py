@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from flatten_ext import info
+from flatten_ext.errors import InputError, one_line
+from flatten_ext.extras import MissingExtra, require
 from flatten_ext.tools import commands
-from flatten_ext.tools.errors import InputError, one_line
-from flatten_ext.tools.extras import MissingExtra, require
 from flatten_ext.tools.run import program
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from flatten_ext.tools.errors import InputError
-from flatten_ext.tools.extras import require
+from flatten_ext.errors import InputError
+from flatten_ext.extras import require
 from flatten_ext.tools.mnist import read_mnist, split_mnist
 
 __all__ = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from flatten_ext.tools.errors import InputError, blamed_on
+from flatten_ext.errors import InputError, blamed_on
 
 __all__ = ["find_device"]
 

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from flatten_ext.errors import InputError
+from flatten_ext.output import write_atomically as write_atomically  # flatten_ext.evaluate had it
+from flatten_ext.output import write_text
 from flatten_ext.tools import fingerprint
-from flatten_ext.tools.errors import InputError
-from flatten_ext.tools.output import write_atomically as write_atomically  # flatten_ext.evaluate had it
-from flatten_ext.tools.output import write_text
 from flatten_ext.tools.recipe import Amp
 
 __all__ = ["autocast", "evaluate"]

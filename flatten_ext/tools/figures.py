@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from flatten_ext.analysis import attention_map, softmax_map
-from flatten_ext.tools.output import replacing
+from flatten_ext.output import replacing
 from flatten_ext.tools.style import FAINT, INK, quiet
 
 __all__ = ["draw_maps", "draw_ranks", "four_maps", "save"]

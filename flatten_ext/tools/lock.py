@@ -9,7 +9,7 @@ import weakref
 from pathlib import Path
 from typing import IO
 
-from flatten_ext.tools.errors import InputError
+from flatten_ext.errors import InputError
 
 __all__ = ["FolderLock"]
 

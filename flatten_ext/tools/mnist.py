@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flatten_ext.tools.extras import MissingExtra
+from flatten_ext.extras import MissingExtra
 
 __all__ = ["TRAIN_IMAGES", "read_mnist", "split_mnist"]
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from flatten_ext import models
+from flatten_ext.errors import InputError, blamed_on, one_line
 from flatten_ext.models._checkpoint import load_weights
-from flatten_ext.tools.errors import InputError, blamed_on, one_line
 
 __all__ = ["build", "checkpoint_classes", "load", "try_forward"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flatten_ext.tools.errors import InputError
+from flatten_ext.errors import InputError
 
 __all__ = ["Amp", "TrainConfig"]
 

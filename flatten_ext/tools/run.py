@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from flatten_ext.tools.errors import InputError, blamed_on
-from flatten_ext.tools.extras import require
+from flatten_ext.errors import InputError, blamed_on
+from flatten_ext.extras import require
 
 __all__ = ["program"]
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flatten_ext.tools.extras import require
-from flatten_ext.tools.output import replacing
+from flatten_ext.extras import require
+from flatten_ext.output import replacing
 
 __all__ = ["FAINT", "INK", "PAPER", "color_of", "figure", "quiet", "save"]
 

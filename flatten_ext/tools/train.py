@@ -25,14 +25,14 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from flatten_ext.errors import InputError, blamed_on, one_line
 from flatten_ext.models.convert import convert
+from flatten_ext.output import remove_unfinished, try_folder, write_text, write_torch
 from flatten_ext.tools import fingerprint, networks
 from flatten_ext.tools.data import Replayable, open_dataset, seed_everything
 from flatten_ext.tools.devices import find_device
-from flatten_ext.tools.errors import InputError, blamed_on, one_line
 from flatten_ext.tools.evaluate import autocast, evaluate
 from flatten_ext.tools.lock import FolderLock
-from flatten_ext.tools.output import remove_unfinished, try_folder, write_text, write_torch
 from flatten_ext.tools.recipe import TrainConfig
 
 __all__ = ["TrainConfig", "Trainer", "distillation_loss"]

@@ -195,7 +195,7 @@ def test_a_cut_off_evaluation_begins_anew_with_other_images(run, monkeypatch) ->
 
 
 def test_the_state_stays_until_the_result_is_written(run, monkeypatch) -> None:
-    from flatten_ext.tools import output
+    from flatten_ext import output
 
     def full(path: Path, value: Any) -> None:
         raise OSError(28, "No space left on device", str(path))

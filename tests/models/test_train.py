@@ -19,9 +19,9 @@ import timm
 import torch
 from PIL import Image
 
+from flatten_ext.output import replacing
 from flatten_ext.tools import fingerprint
 from flatten_ext.tools.data import is_divided, open_dataset, open_whole
-from flatten_ext.tools.output import replacing
 from flatten_ext.tools.train import TrainConfig, Trainer, distillation_loss
 
 SMALL = {"embed_dim": 24, "depth": 1, "num_heads": 3, "patch_size": 8, "img_size": 32}

@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from flatten_ext.extras import MissingExtra
 from flatten_ext.tools.bench import mixers, timing
 from flatten_ext.tools.bench.check import CheckFailed, relative_error
 from flatten_ext.tools.bench.shapes import Shape
 from flatten_ext.tools.bench.stages import MODES, Measurement, measure, modes_of
-from flatten_ext.tools.extras import MissingExtra
 
 __all__ = ["ALTERNATIVES", "GPU_ONLY", "LABELS", "check", "runnable", "time_at", "time_ladder"]
 

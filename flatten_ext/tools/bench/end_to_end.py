@@ -22,13 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flatten_ext.extras import require
 from flatten_ext.models._attention import FocusedAttention
 from flatten_ext.reference import from_windows, to_windows
 from flatten_ext.tools.bench import timing
 from flatten_ext.tools.bench.check import CheckFailed
 from flatten_ext.tools.bench.formulas import eager_formula
 from flatten_ext.tools.bench.models import PAIRS
-from flatten_ext.tools.extras import require
 
 __all__ = ["MODELS", "attending", "eager_attend", "in_process", "measure"]
 

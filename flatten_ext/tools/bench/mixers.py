@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatten_ext import attention, depthwise_conv, reference
+from flatten_ext.extras import require
 from flatten_ext.tools.bench.formulas import eager_attention
-from flatten_ext.tools.extras import require
 
 __all__ = [
     "ConvolutionOnly",

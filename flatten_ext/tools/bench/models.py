@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from flatten_ext.extras import require
 from flatten_ext.tools.bench import alternatives, timing
-from flatten_ext.tools.extras import require
 
 __all__ = ["PAIRS", "time_models"]
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from flatten_ext import info
+from flatten_ext.errors import InputError
+from flatten_ext.output import write_json
 from flatten_ext.tools.bench import ablation
-from flatten_ext.tools.errors import InputError
 from flatten_ext.tools.micro.images import Images, load_mnist
 from flatten_ext.tools.micro.training import Budget
-from flatten_ext.tools.output import write_json
 
 # 375 steps: enough for the variants to part, not enough to converge.
 BUDGET = Budget(epochs=3, batch_size=32, learning_rate=3e-3, evaluations=4)

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from flatten_ext import info
+from flatten_ext.output import write_json, write_text
 from flatten_ext.tools.bench import alternatives, models, quality, report, stages, timing
 from flatten_ext.tools.bench.results import Results
 from flatten_ext.tools.bench.shapes import QUICK_STAGES, STAGES, Shape, token_ladder
-from flatten_ext.tools.output import write_json, write_text
 
 __all__ = ["Options", "run"]
 

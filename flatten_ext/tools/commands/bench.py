@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from flatten_ext.tools.extras import require
+from flatten_ext.extras import require
 
 
 class Suite(str, enum.Enum):
@@ -70,11 +70,11 @@ def register(app: typer.Typer) -> None:
         process and are compared by medians.
         """
         require("matplotlib", "bench", "the charts")
+        from flatten_ext.errors import InputError
+        from flatten_ext.output import try_folder
         from flatten_ext.tools.bench import session
         from flatten_ext.tools.bench.check import CheckFailed
         from flatten_ext.tools.devices import find_device
-        from flatten_ext.tools.errors import InputError
-        from flatten_ext.tools.output import try_folder
 
         if not math.isfinite(seconds):
             raise InputError(f"seconds is {seconds}, expected a finite number")

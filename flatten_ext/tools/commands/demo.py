@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from flatten_ext.tools.extras import require
-from flatten_ext.tools.output import try_folder, write_json
+from flatten_ext.extras import require
+from flatten_ext.output import try_folder, write_json
 
 if TYPE_CHECKING:
     from flatten_ext.tools.demo.run import Outcome

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flatten_ext.tools.extras import require
+from flatten_ext.extras import require
 from flatten_ext.tools.recipe import Amp
 
 
@@ -54,12 +54,12 @@ def register(app: typer.Typer) -> None:
         require("timm", "models", "evaluation")
         from timm.data import create_transform, resolve_model_data_config
 
+        from flatten_ext.errors import InputError
+        from flatten_ext.output import try_file, write_json
         from flatten_ext.tools import fingerprint, networks
         from flatten_ext.tools.data import open_whole
         from flatten_ext.tools.devices import find_device
-        from flatten_ext.tools.errors import InputError
         from flatten_ext.tools.evaluate import evaluate
-        from flatten_ext.tools.output import try_file, write_json
 
         state = None
         if output is not None:

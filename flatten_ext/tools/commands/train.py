@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from flatten_ext.tools.extras import require
+from flatten_ext.extras import require
 from flatten_ext.tools.recipe import Amp, TrainConfig
 
 

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flatten_ext.tools.extras import require
+from flatten_ext.extras import require
 
 
 class Suffix(str, enum.Enum):
@@ -58,10 +58,10 @@ def register(app: typer.Typer) -> None:
         from timm.data import create_transform, resolve_model_data_config
 
         from flatten_ext.analysis import record_attention, sharpness
+        from flatten_ext.errors import InputError
+        from flatten_ext.output import try_folder
         from flatten_ext.tools import figures, networks
         from flatten_ext.tools.data import open_image
-        from flatten_ext.tools.errors import InputError
-        from flatten_ext.tools.output import try_folder
 
         queries = [_point(text) for text in query or ("0.3,0.3", "0.5,0.5", "0.7,0.6")]
         paths = [output / f"{name}.{suffix.value}" for name in ("maps", "ranks")]

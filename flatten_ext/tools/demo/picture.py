@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from flatten_ext import FocusedLinearAttention
+from flatten_ext.extras import require
+from flatten_ext.output import replacing
 from flatten_ext.tools.demo.attentions import SoftmaxAttention, influence
 from flatten_ext.tools.demo.run import CAVEAT, Outcome
-from flatten_ext.tools.extras import require
 from flatten_ext.tools.micro.images import Images
 from flatten_ext.tools.micro.models import Block, MicroViT
-from flatten_ext.tools.output import replacing
 
 __all__ = ["COLORS", "draw"]
 

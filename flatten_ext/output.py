@@ -12,7 +12,7 @@ from typing import IO, Any, cast
 
 import torch
 
-from flatten_ext.tools.errors import InputError
+from flatten_ext.errors import InputError
 
 __all__ = [
     "remove_unfinished",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from flatten_ext.tools.extras import MissingExtra
+from flatten_ext.extras import MissingExtra
 
 __all__ = ["InputError", "blamed_on", "one_line"]
 
