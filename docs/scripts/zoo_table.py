@@ -1,0 +1,93 @@
+"""The table of models in docs/models.md: `python docs/scripts/zoo_table.py` writes it anew.
+
+Parameters and multiply-adds of the published models are those recorded of the public code
+(tests/golden/models.json), less what ours leave out: tests/models/test_public.py holds ours to them. DeiT,
+which was never published, is counted. Accuracies and checkpoints are what the public repository's README
+states.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "models.md"
+MARKS = re.compile(r"(?<=<!-- zoo -->\n\n).*?(?=\n<!-- end -->)", re.S)
+
+# Of the public README, at commit abdb115: ImageNet-1K top-1, and the identifier of the checkpoint's link.
+PUBLISHED = {
+    "flatten_pvt_tiny": ("77.8", "3ab1d773f19d45648690"),
+    "flatten_pvt_v2_b0": ("71.1", "5d1f01532b104da28e7b"),
+    "flatten_swin_t": ("82.1", "e1518e76703e4e57a7f2"),
+    "flatten_swin_s": ("83.5", "94188e52af354bf4a88b"),
+    "flatten_swin_b": ("83.8", "7a9e5186bad04e7fb3a9"),
+    "flatten_swin_b_384": ("85.0", "0d0330cf2e5249f1abb6"),
+    "flatten_cswin_t": ("83.1", "48ba765ba8b0451d9d5a"),
+}
+SIZES = {"t": "tiny", "s": "small", "b": "base"}
+
+
+def our_name(public: str) -> str:
+    """flatten_swin_t -> flatten_swin_tiny; PVT's names are the same."""
+    return "_".join(SIZES.get(part, part) for part in public.split("_"))
+
+
+def folded_lepe(config: dict) -> int:
+    """Multiply-adds of LePE in CSWin's stages of type L, whose kernel ours adds to the taps."""
+    if config["family"] != "cswin":
+        return 0
+    side, total = config["img_size"] // 4, 0
+    for stage, (kind, depth) in enumerate(zip(config["attn_type"], config["depths"], strict=True)):
+        if kind == "L":
+            total += depth * 9 * (side >> stage) ** 2 * (config["embed_dim"] << stage)
+    return total
+
+
+def deit() -> list[tuple[str, int, int, int]]:
+    """Name, image size, parameters and multiply-adds of the models that have no record."""
+    import timm
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import flatten_ext.models  # noqa: F401  registers them
+
+    rows = []
+    for size in ("tiny", "small", "base"):
+        with torch.device("meta"):
+            model = timm.create_model(f"flatten_deit_{size}").eval()
+            image = torch.empty(1, 3, 224, 224)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(image)
+        parameters = sum(p.numel() for p in model.parameters())
+        rows.append((f"flatten_deit_{size}", 224, parameters, counter.get_total_flops() // 2))
+    return rows
+
+
+def table() -> str:
+    lines = [
+        "| model | px | parameters | multiply-adds | top-1 | checkpoint, saved as |",
+        "|---|---:|---:|---:|---:|---|",
+    ]
+
+    def add(name: str, size: int, parameters: int, adds: int, top1: str, checkpoint: str) -> None:
+        lines.append(
+            f"| `{name}` | {size} | {parameters / 1e6:.2f} M | {adds / 1e9:.2f} G | {top1} | {checkpoint} |"
+        )
+
+    for row in deit():
+        add(*row, "", "not published")
+    public = json.loads((ROOT / "tests" / "golden" / "models.json").read_text())
+    for name, record in public.items():
+        config = record["config"]
+        last_norm = 1024 if name.startswith("flatten_pvt") and "v2" not in name else 0
+        adds = record["flops"] // 2 - folded_lepe(config)
+        top1, link = PUBLISHED.get(name, ("", ""))
+        file = f"[`{name}.pth`](https://cloud.tsinghua.edu.cn/f/{link}/?dl=1)" if link else "not published"
+        add(our_name(name), config["img_size"], record["params"] - last_norm, adds, top1, file)
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(MARKS.sub(lambda _: table(), PAGE.read_text()))
