@@ -91,6 +91,8 @@ const Kernels& kernels() {
   return chosen;
 }
 
+void refuse_dtype() { throw std::logic_error("flatten: the CPU kernels do not take this dtype here"); }
+
 std::string isa_in_use() { return kernels().isa; }
 
 std::vector<std::string> runnable_isas() {

@@ -30,6 +30,10 @@ struct Kernels {
 /// when that is not a number of bytes.
 std::int64_t streamed_from();
 
+/// Throws std::logic_error: a kernel met a dtype that the host should have refused. It lies here because a
+/// `throw` in the units would leave symbols that they share.
+[[noreturn]] void refuse_dtype();
+
 /// The set in use: the widest this processor runs, or the one FLATTEN_CPU_ISA names. Chosen once.
 /// Throws std::runtime_error when the variable names a set that is unknown or that cannot run here.
 const Kernels& kernels();

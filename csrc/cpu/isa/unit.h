@@ -1,7 +1,5 @@
 // The body of every unit of this folder: the kernels, compiled for the instruction set of its flags, as a
 // table. The including file defines FLATTEN_ISA (the namespace) and FLATTEN_ISA_NAME first.
-#include <stdexcept>
-
 #include "../kernels/backward.h"
 #include "../kernels/conv.h"
 #include "../kernels/forward.h"
@@ -22,7 +20,7 @@ void with_dtype(Dtype dtype, const Body& body) {
     case Dtype::kFloat16:
       return body(Float16{});
   }
-  throw std::logic_error("flatten: a Dtype that params.h does not have");
+  refuse_dtype();
 }
 
 void attention_forward(const AttentionForward& p, const Parallel& parallel) {

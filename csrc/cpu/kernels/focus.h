@@ -7,7 +7,6 @@
 // so that nothing over- or underflows for any p.
 #pragma once
 
-#include <stdexcept>
 #include <type_traits>
 
 #include "../vec/power.h"
@@ -330,7 +329,7 @@ struct Focus {
     if (!bias) return of_width<NoBias>(mapping.focusing_factor, c);
     if (bias.dtype == dtype_of(T{})) return of_width<T>(mapping.focusing_factor, c);
     if (bias.dtype == dtype_of(X{})) return of_width<X>(mapping.focusing_factor, c);
-    throw std::logic_error("flatten: key_bias has neither the tokens' dtype nor the one they accumulate in");
+    refuse_dtype();  // neither the tokens' dtype nor the one they accumulate in
   }
 };
 
