@@ -284,6 +284,18 @@ class FlattenSwinTransformer(SwinTransformer):
                 mask = block.attn_mask
                 mask.copy_(block.get_attn_mask(device=mask.device, dtype=mask.dtype))
 
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """As timm's; the norm and the classifier, sized for the last stage, go with it."""
+        stages = len(self.layers)
+        take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if len(self.layers) < stages:  # older releases of timm leave both
+            self.norm = nn.Identity()
+            self.num_features = self.head_hidden_size = self.feature_info[len(self.layers) - 1]["num_chs"]
+            self.reset_classifier(0, "")
+        return take
+
     def no_weight_decay(self) -> set[str]:
         return super().no_weight_decay() | undecayed(self)
 
