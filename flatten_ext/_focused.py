@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ._grids import KeepsGrid
 from ._layers import is_plain_conv
@@ -19,6 +20,11 @@ from .ops import attention, depthwise_conv
 from .reference import from_windows, to_windows
 
 Size = Sequence[int]  # height, width
+
+# torch.fx records their calls whole: they look into sizes, which have no values while it traces.
+torch.fx.wrap("from_windows")
+torch.fx.wrap("resize_positional_encoding")
+torch.fx.wrap("to_windows")
 
 __all__ = ["FocusedAttention", "Size", "resize_positional_encoding"]
 
@@ -134,20 +140,20 @@ class FocusedAttention(KeepsGrid, nn.Module):
             "focusing_factor": self.focusing_factor,
             "eps": self.eps,
         }
-        weight, bias, called = self._depthwise_branch(v.device)
+        weight, bias, called = self._depthwise_branch(None if isinstance(v, Proxy) else v.device)
         if key_size is None:
-            focus |= {"size": list(size), "window": window, "shift": shift}
+            focus |= {"size": (size[0], size[1]), "window": window, "shift": shift}
             out = attention(q, k, v, self.num_heads, dwc_weight=weight, dwc_bias=bias, **focus)
         else:
             out = attention(q, k, v, self.num_heads, **focus)
             v = F.interpolate(v.transpose(1, 2), q.shape[1], mode="linear").transpose(1, 2)
             if weight is not None:
-                out = out + depthwise_conv(v, weight, bias, list(size))
+                out = out + depthwise_conv(v, weight, bias, (size[0], size[1]))
         for layer, channels in called:
             out = out + _call(layer, channels, v, size, window, shift).to(out.dtype)
         return out
 
-    def _depthwise_branch(self, device: torch.device) -> tuple[Any, Any, list[tuple[nn.Module, int]]]:
+    def _depthwise_branch(self, device: torch.device | None) -> tuple[Any, Any, list[tuple[nn.Module, int]]]:
         """Weight and bias of the depthwise kernel that the operator is given, and the layers that are called
         beside it, each with the channels of its maps.
 
@@ -207,6 +213,7 @@ def _depthwise(channels: int, kernel: tuple[int, int], dd: dict[str, Any]) -> nn
     return nn.Conv2d(channels, channels, kernel, padding=padding, groups=channels, **dd)
 
 
+@torch.fx.wrap
 def _sum_of_kernels(first: Tensor, second: Tensor) -> Tensor:
     """Depthwise kernels of odd sizes, added around their centres."""
     height, width = (max(a, b) for a, b in zip(first.shape[2:], second.shape[2:], strict=True))

@@ -24,8 +24,9 @@ __all__ = ["is_plain", "is_plain_conv"]
 _PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 
 
-def is_plain(layer: nn.Module, device: torch.device) -> bool:
-    """Whether calling `layer` does no more than its class and settings say, with plain weights on `device`.
+def is_plain(layer: nn.Module, device: torch.device | None) -> bool:
+    """Whether calling `layer` does no more than its class and settings say, with plain weights on `device`
+    (None: on any).
 
     The caller compares the class itself: a subclass, parametrised layers included, may do anything.
     """
@@ -42,13 +43,15 @@ def is_plain(layer: nn.Module, device: torch.device) -> bool:
     if (pre or post or back_pre or back) and _watch_every_call(pre, post, back_pre, back):
         return False
     for tensor in layer._parameters.values():
-        if tensor is not None and (type(tensor) not in _PLAIN_TENSORS or tensor.device != device):
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN_TENSORS or (device is not None and tensor.device != device):
             return False
     # Pruning and the older weight and spectral normalisation keep a computed weight as an attribute.
     return "weight" in layer._parameters or "weight" not in layer.__dict__
 
 
-def is_plain_conv(layer: nn.Module | None, channels: int, device: torch.device) -> bool:
+def is_plain_conv(layer: nn.Module | None, channels: int, device: torch.device | None) -> bool:
     """Whether `layer` is a plain depthwise convolution of `channels` channels that keeps the map's size."""
     return (
         type(layer) is nn.Conv2d

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ._focused import FocusedAttention, Size, resize_positional_encoding
 
@@ -111,36 +112,11 @@ class FocusedLinearAttention(FocusedAttention):
             ValueError: `x` is not (B, N, dim), or its tokens tile no square map and `size` was left out.
             RuntimeError: of the operator: `size` does not fit the tokens, or `window` the size.
         """
-        if x.ndim != 3 or x.shape[2] != self.dim:
+        if not isinstance(x, Proxy) and (x.ndim != 3 or x.shape[2] != self.dim):
             raise ValueError(f"x is {tuple(x.shape)}, expected (batch, tokens, {self.dim})")
-        size = self._map(x.shape[1], size)
+        size = _map(x.shape[1], size, self.num_prefix_tokens)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.dim)).unbind(-2)
         return self.proj_drop(self.proj(self.attend(q, k, v, size, self.window, self.shift)))
-
-    def _map(self, tokens: int, size: Size | None) -> Size:
-        """The map that the tokens tile; the square one where `size` is left out."""
-        prefix = self.num_prefix_tokens
-        if size is None:
-            if tokens <= prefix:
-                raise ValueError(
-                    f"x has {tokens} tokens, {prefix} of them prefix, which leave none for a map"
-                )
-            side = math.isqrt(tokens - prefix)
-            if side * side != tokens - prefix:
-                raise ValueError(
-                    f"x has {tokens} tokens, {prefix} of them prefix, which are no square map: "
-                    "pass size=(H, W)"
-                )
-            return side, side
-        if not isinstance(size, Sequence) or len(size) != 2:
-            raise ValueError(f"size is {size}, expected two numbers (height, width)")
-        # Not asked of sizes that a graph leaves open: the graph would be tied to the answer.
-        if not torch.compiler.is_compiling() and prefix + size[0] * size[1] != tokens:
-            raise ValueError(
-                f"x has {tokens} tokens, expected {prefix + size[0] * size[1]}: size is {tuple(size)}, with "
-                f"{prefix} prefix tokens before it"
-            )
-        return size
 
     @property
     def positional_encoding_size(self) -> tuple[int, int] | None:
@@ -153,6 +129,29 @@ class FocusedLinearAttention(FocusedAttention):
             value = getattr(self, name)
             text += f", {name}={value}" if value else ""
         return text
+
+
+@torch.fx.wrap
+def _map(tokens: int, size: Size | None, prefix: int) -> Size:
+    """The map that the tokens tile; the square one where `size` is left out."""
+    if size is None:
+        if tokens <= prefix:
+            raise ValueError(f"x has {tokens} tokens, {prefix} of them prefix, which leave none for a map")
+        side = math.isqrt(tokens - prefix)
+        if side * side != tokens - prefix:
+            raise ValueError(
+                f"x has {tokens} tokens, {prefix} of them prefix, which are no square map: pass size=(H, W)"
+            )
+        return side, side
+    if not isinstance(size, Sequence) or len(size) != 2:
+        raise ValueError(f"size is {size}, expected two numbers (height, width)")
+    # Not asked of sizes that a graph leaves open: the graph would be tied to the answer.
+    if not torch.compiler.is_compiling() and prefix + size[0] * size[1] != tokens:
+        raise ValueError(
+            f"x has {tokens} tokens, expected {prefix + size[0] * size[1]}: size is {tuple(size)}, with "
+            f"{prefix} prefix tokens before it"
+        )
+    return size
 
 
 def _pair(name: str, value: Any, least: int) -> tuple[int, int] | None:

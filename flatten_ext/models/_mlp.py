@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .._layers import is_plain, is_plain_conv
@@ -86,7 +87,8 @@ _TILED: dict[type[nn.Module], type[nn.Module]] = {Mlp: _TiledMlp, MlpWithDepthwi
 
 def _may_tile(mlp: Any, x: Tensor) -> bool:
     return not (
-        torch.compiler.is_exporting()
+        isinstance(x, Proxy)
+        or torch.compiler.is_exporting()
         or torch.jit.is_tracing()
         or torch.is_grad_enabled()
         or mlp.training

@@ -13,6 +13,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.pvt_v2 import OverlapPatchEmbed
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ._attention import FocusedAttention, Size
@@ -73,8 +74,11 @@ class StripeAttention(FocusedAttention):
 def _divides(stripe: int, size: Size) -> bool:
     """Whether stripes tile the map. Of a size that a graph leaves open: whether they tile every such map; to
     ask of the one at hand would tie the graph to the answer."""
+    sides = (size[0], size[1])
+    if isinstance(sides[0], Proxy):
+        return False
     known = statically_known_true if torch.compiler.is_compiling() else bool
-    return all(known(side % stripe == 0) for side in size)
+    return all(known(side % stripe == 0) for side in sides)
 
 
 class CSWinBlock(nn.Module):
@@ -146,10 +150,10 @@ class CSWinBlock(nn.Module):
 
     def _attend(self, x: Tensor, size: Size) -> Tensor:
         """(B, N, C) -> (B, N, C): stripes side by side, each branch on its share of the channels."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.dim)).unbind(-2)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.dim)).unbind(-2)
         if self.split_size is None:
-            return self.proj(self.attns[0](*qkv, size))
-        halves = [x.chunk(2, -1) for x in qkv]
+            return self.proj(self.attns[0](q, k, v, size))
+        halves = [x.chunk(2, -1) for x in (q, k, v)]
         # Only the results are copied: the operator reads its stripes and halves of q, k and v in place.
         outs = [
             attention(*(half[i] for half in halves), size, window)

@@ -15,6 +15,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as _timm_filter
 from torch import Tensor, nn
 
 from .._grids import KeepsGrid
+from . import _fx as _fx
 from ._attention import PackedAttention, Size, to_map
 from ._checkpoint import for_pretrained, unwrap
 from ._mlp import tile_mlps
@@ -22,6 +23,12 @@ from ._positions import Positions, metadata_of, module_positions, resample_posit
 from ._timm import default_cfg, of_this_size, reset_modules, undecayed
 
 __all__ = ["FlattenBlock", "FlattenVisionTransformer", "FlattenVisionTransformerDistilled"]
+
+
+@torch.fx.wrap
+def _refuse_masks(attn_mask: Any, is_causal: bool) -> None:
+    if attn_mask is not None or is_causal:
+        raise ValueError("focused linear attention takes no mask")
 
 
 class FlattenBlock(nn.Module):
@@ -99,8 +106,7 @@ class FocusedTokens(KeepsGrid, VisionTransformer):
 
     def forward_features(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
         """(B, in_chans, H, W) -> (B, prefix + patches, C), normed. Linear attention has no mask."""
-        if attn_mask is not None or is_causal:
-            raise ValueError("focused linear attention takes no mask")
+        _refuse_masks(attn_mask, is_causal)
         image = x
         x, size = self._embed(image)
         for block in self.blocks:

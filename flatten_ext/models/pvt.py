@@ -21,6 +21,8 @@ from ._positions import Grid, metadata_of, resample_positions
 from ._pyramid import Pyramid, PyramidStage, create, stage_sizes
 from ._timm import attention_types, default_cfg
 
+torch.fx.wrap("resize_positional_encoding")  # which looks into sizes
+
 __all__ = ["FlattenPyramidTransformer"]
 
 

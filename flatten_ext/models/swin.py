@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .._grids import KeepsGrid
 from ._attention import PackedAttention, Size
 from ._checkpoint import for_pretrained, unwrap
+from ._fx import TraceableSwinBlock
 from ._mlp import tile_mlps
 from ._positions import Grid, Positions, metadata_of, module_positions, resample_positions, resize_table
 from ._timm import attention_types, default_cfg, of_this_size, record_input_size, reset_modules, undecayed
@@ -186,6 +187,8 @@ class FlattenSwinTransformer(SwinTransformer):
         for module in self.modules():
             if type(module) is WindowAttention:
                 module.__class__ = TableAttention
+            elif type(module) is SwinTransformerBlock:
+                module.__class__ = TraceableSwinBlock
         tile_mlps(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
