@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ except ImportError:  # older releases keep no such record
 
 __all__ = [
     "attention_types",
+    "check_attention_dropout",
     "default_cfg",
     "of_this_size",
     "record_input_size",
@@ -29,6 +31,28 @@ def attention_types(attn_type: str, stages: int) -> str:
     if len(attn_type) != stages or set(attn_type) - {"L", "S"}:
         raise ValueError(f"attn_type must be {stages} letters, each L or S, got {attn_type!r}")
     return attn_type
+
+
+def check_attention_dropout(types: str, rate: float) -> None:
+    """Says what dropout of attention weights does where `types`, one letter for each stage (or block), are
+    linear: linear attention forms no weights to drop.
+
+    Raises:
+        ValueError: no stage is softmax.
+    """
+    linear = [index for index, kind in enumerate(types) if kind == "L"]
+    if not rate or not linear:
+        return
+    if len(linear) == len(types):
+        raise ValueError(
+            f"attn_drop_rate is {rate}, expected 0: attn_type {types!r} has no softmax attention, whose "
+            "weights it would drop; linear attention forms none"
+        )
+    warnings.warn(
+        f"attn_drop_rate={rate} has no effect in {', '.join(map(str, linear))} of attn_type {types!r} "
+        "(counted from 0): linear attention forms no weights to drop; those of type S use it",
+        stacklevel=4,
+    )
 
 
 def record_input_size(model: nn.Module, img_size: tuple[int, int], **arguments: Any) -> None:

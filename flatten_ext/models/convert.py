@@ -18,7 +18,7 @@ from . import (
     FlattenVisionTransformer,
     FlattenVisionTransformerDistilled,
 )
-from ._timm import attention_types
+from ._timm import attention_types, check_attention_dropout
 
 __all__ = ["Conversion", "convert"]
 
@@ -69,7 +69,8 @@ def convert(
 
     Raises:
         TypeError: a model of another family.
-        ValueError: `stages` of the wrong length, or attention with no counterpart (qk_norm).
+        ValueError: `stages` of the wrong length, attention with no counterpart (qk_norm), or attention
+            dropout where no softmax stays to use it.
     """
     before = {name: id(parameter) for name, parameter in model.named_parameters()}
     focus = {"focusing_factor": focusing_factor, "kernel_size": kernel_size}
@@ -107,6 +108,7 @@ def _convert_transformer(model: Any, stages: str | None, focus: dict[str, Any]) 
     if depth % len(letters):
         raise ValueError(f"stages ({letters!r}) does not divide {depth} blocks evenly")
     types = "".join(letter * (depth // len(letters)) for letter in letters)
+    check_attention_dropout(types, _attention_dropout(model))
     family = _TRANSFORMERS[type(model)]
     family.focus(model, types, **focus)
     model.__class__ = family
@@ -114,6 +116,7 @@ def _convert_transformer(model: Any, stages: str | None, focus: dict[str, Any]) 
 
 def _convert_swin(model: Any, stages: str, window_size: Any, focus: dict[str, Any]) -> None:
     types = attention_types(stages, len(model.layers))
+    check_attention_dropout(types, _attention_dropout(model))
     target = None if window_size is None else _pair(window_size)
     windows = [
         target if kind == "L" else stage.blocks[0].window_size
@@ -127,12 +130,19 @@ def _convert_pyramid(
     model: Any, stages: str, img_size: Any, keep_reduction: bool, focus: dict[str, Any]
 ) -> None:
     types = attention_types(stages, len(model.stages))
+    check_attention_dropout(types, _attention_dropout(model))
     for stage, kind in zip(model.stages, types, strict=True):
         for block in stage.blocks:
             if kind == "L" and not keep_reduction and block.attn.pool is None:
                 block.attn.sr = block.attn.norm = None
     model.__class__ = FlattenPyramidTransformerV2
     model.focus(types, img_size, **focus)
+
+
+def _attention_dropout(model: nn.Module) -> float:
+    """The largest rate at which the attentions of `model` drop weights."""
+    rates = [getattr(getattr(module, "attn_drop", None), "p", 0.0) for module in model.modules()]
+    return max(rates)
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from ._attention import FocusedAttention, Size
 from ._checkpoint import unwrap
 from ._positions import Grid, metadata_of, resample_positions
 from ._pyramid import Pyramid, PyramidStage, create, stage_sizes
-from ._timm import attention_types, default_cfg
+from ._timm import attention_types, check_attention_dropout, default_cfg
 
 __all__ = ["CSWinBlock", "FlattenCSWinTransformer"]
 
@@ -216,6 +216,7 @@ class FlattenCSWinTransformer(Pyramid):
         nn.Module.__init__(self)
         dd = {"device": device, "dtype": dtype}
         types = attention_types(attn_type, len(depths))
+        check_attention_dropout(types, attn_drop_rate)
         self.img_size, self.in_chans = to_2tuple(img_size), in_chans
         sizes, dims = stage_sizes(img_size), tuple(embed_dim << i for i in range(len(depths)))
         focus = {"focusing_factor": focusing_factor, "kernel_size": kernel_size}

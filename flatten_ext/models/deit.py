@@ -20,7 +20,7 @@ from ._attention import PackedAttention, Size, to_map
 from ._checkpoint import for_pretrained, unwrap
 from ._mlp import tile_mlps
 from ._positions import Positions, metadata_of, module_positions, resample_positions
-from ._timm import default_cfg, of_this_size, reset_modules, undecayed
+from ._timm import check_attention_dropout, default_cfg, of_this_size, reset_modules, undecayed
 
 __all__ = ["FlattenBlock", "FlattenVisionTransformer", "FlattenVisionTransformerDistilled"]
 
@@ -183,6 +183,7 @@ class FlattenVisionTransformer(FocusedTokens):
     ):
         super().__init__(dynamic_img_size=dynamic_img_size, dynamic_img_pad=dynamic_img_pad, **kwargs)
         types = attn_type or "L" * len(self.blocks)
+        check_attention_dropout(types, kwargs.get("attn_drop_rate", 0.0))
         self.focus(types, focusing_factor=focusing_factor, kernel_size=kernel_size)
 
 

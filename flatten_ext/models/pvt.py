@@ -19,7 +19,7 @@ from ._attention import PyramidAttention, Size
 from ._checkpoint import unwrap
 from ._positions import Grid, metadata_of, resample_positions
 from ._pyramid import Pyramid, PyramidStage, create, stage_sizes
-from ._timm import attention_types, default_cfg
+from ._timm import attention_types, check_attention_dropout, default_cfg
 
 torch.fx.wrap("resize_positional_encoding")  # which looks into sizes
 
@@ -148,6 +148,7 @@ class FlattenPyramidTransformer(Pyramid):
         nn.Module.__init__(self)
         dd = {"device": device, "dtype": dtype}
         types = attention_types(attn_type, len(depths))
+        check_attention_dropout(types, attn_drop_rate)
         self.img_size, self.in_chans = to_2tuple(img_size), in_chans
         sizes = stage_sizes(img_size)
 

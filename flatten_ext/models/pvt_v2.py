@@ -16,7 +16,7 @@ from ._checkpoint import unwrap
 from ._mlp import tile_mlps
 from ._positions import metadata_of, resample_positions
 from ._pyramid import Pyramid, create, stage_sizes
-from ._timm import attention_types, default_cfg
+from ._timm import attention_types, check_attention_dropout, default_cfg
 
 __all__ = ["FlattenPyramidTransformerV2"]
 
@@ -45,6 +45,7 @@ class FlattenPyramidTransformerV2(Pyramid):
         **kwargs: Any,
     ):
         types = attention_types(attn_type, len(sr_ratios))
+        check_attention_dropout(types, kwargs.get("attn_drop_rate", 0.0))
         ratios = [
             la if kind == "L" else s for kind, s, la in zip(types, sr_ratios, la_sr_ratios, strict=True)
         ]

@@ -23,7 +23,15 @@ from ._checkpoint import for_pretrained, unwrap
 from ._fx import TraceableSwinBlock
 from ._mlp import tile_mlps
 from ._positions import Grid, Positions, metadata_of, module_positions, resample_positions, resize_table
-from ._timm import attention_types, default_cfg, of_this_size, record_input_size, reset_modules, undecayed
+from ._timm import (
+    attention_types,
+    check_attention_dropout,
+    default_cfg,
+    of_this_size,
+    record_input_size,
+    reset_modules,
+    undecayed,
+)
 from ._windows import StageWindow, default_windows, stage_maps, stage_windows, windows_at
 
 __all__ = ["FlattenSwinBlock", "FlattenSwinTransformer"]
@@ -157,6 +165,7 @@ class FlattenSwinTransformer(SwinTransformer):
         **kwargs: Any,
     ):
         types = attention_types(attn_type, len(depths))
+        check_attention_dropout(types, kwargs.get("attn_drop_rate", 0.0))
         if window_size is None:
             window_size = default_windows(types, softmax=7)
         windows = stage_windows(window_size, len(depths))
