@@ -15,7 +15,7 @@ from ._attention import to_map
 from ._checkpoint import for_pretrained
 from ._mlp import tile_mlps
 from ._positions import Positions, module_positions
-from ._timm import of_this_size, reset_modules, undecayed
+from ._timm import is_empty, of_none, of_this_size, reset_modules, undecayed
 
 __all__ = ["Pyramid", "PyramidStage", "create", "init_linear", "stage_sizes"]
 
@@ -103,6 +103,8 @@ class Pyramid(PyramidVisionTransformerV2):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, C, H / 32, W / 32)."""
+        if is_empty(x):
+            return of_none(self.forward_features, x)
         return of_this_size(super().forward_features(x), x)
 
     def positions(self) -> Iterator[Positions]:

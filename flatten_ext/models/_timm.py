@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 try:
     from timm.models._input import update_model_input_size
@@ -18,6 +20,8 @@ __all__ = [
     "attention_types",
     "check_attention_dropout",
     "default_cfg",
+    "is_empty",
+    "of_none",
     "of_this_size",
     "record_input_size",
     "reset_modules",
@@ -67,6 +71,18 @@ def reset_modules(model: nn.Module) -> None:
         reset: Any = getattr(module, "reset_parameters", None)
         if reset is not None:
             reset()
+
+
+def is_empty(image: Any) -> bool:
+    """Whether a batch has no images, on which timm's reshapes to (B, -1, C) fail. Not asked while a graph is
+    traced, which would be tied to the answer."""
+    traced = isinstance(image, Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not traced and image.shape[0] == 0
+
+
+def of_none(forward: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
+    """The result of `forward` for an empty batch: no row of that for one blank image. Its gradients are 0."""
+    return forward(image.new_zeros(1, *image.shape[1:]))[:0]
 
 
 def of_this_size(features: Tensor, image: Tensor) -> Tensor:

@@ -20,7 +20,15 @@ from ._attention import PackedAttention, Size, to_map
 from ._checkpoint import for_pretrained, unwrap
 from ._mlp import tile_mlps
 from ._positions import Positions, metadata_of, module_positions, resample_positions
-from ._timm import check_attention_dropout, default_cfg, of_this_size, reset_modules, undecayed
+from ._timm import (
+    check_attention_dropout,
+    default_cfg,
+    is_empty,
+    of_none,
+    of_this_size,
+    reset_modules,
+    undecayed,
+)
 
 __all__ = ["FlattenBlock", "FlattenVisionTransformer", "FlattenVisionTransformerDistilled"]
 
@@ -107,6 +115,8 @@ class FocusedTokens(KeepsGrid, VisionTransformer):
     def forward_features(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
         """(B, in_chans, H, W) -> (B, prefix + patches, C), normed. Linear attention has no mask."""
         _refuse_masks(attn_mask, is_causal)
+        if is_empty(x):
+            return of_none(self.forward_features, x)
         image = x
         x, size = self._embed(image)
         for block in self.blocks:

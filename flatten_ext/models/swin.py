@@ -27,6 +27,8 @@ from ._timm import (
     attention_types,
     check_attention_dropout,
     default_cfg,
+    is_empty,
+    of_none,
     of_this_size,
     record_input_size,
     reset_modules,
@@ -202,6 +204,8 @@ class FlattenSwinTransformer(SwinTransformer):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, H / 32, W / 32, C), normed."""
+        if is_empty(x):
+            return of_none(self.forward_features, x)
         return of_this_size(super().forward_features(x), x)
 
     def positions(self) -> Iterator[Positions]:
