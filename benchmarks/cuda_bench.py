@@ -1,7 +1,8 @@
 """Times the CUDA kernels on a GPU, after checking their results.
 
-    python benchmarks/cuda_bench.py                    # every shape, batch 1, 8, 64 and 128, both directions
-    python benchmarks/cuda_bench.py --quick            # one batch size, fewer repetitions
+    python benchmarks/cuda_bench.py                       # the published models' calls, both directions
+    python benchmarks/cuda_bench.py --batches 1 8 64 128  # in other batches than a model's
+    python benchmarks/cuda_bench.py --quick               # a few calls, fewer repetitions
     python benchmarks/cuda_bench.py --json bench.json
 
 Each call is compared with float64 first; one that is wrong is not timed. Times are medians between CUDA
@@ -13,80 +14,106 @@ bandwidth that a large device-to-device copy reaches on the same GPU in the same
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import statistics
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from cuda_counters import COMPULSORY, Shape
+from cuda_shapes import COMPULSORY, MODEL_CALLS, Shape, positional, random_parameters, random_tokens, verify
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from flatten_ext import reference
 
-from flatten_ext import reference  # noqa: E402
-from flatten_ext._torch.families import count_windows  # noqa: E402
-
-SHAPES = [
-    Shape("56x56 C=96 h=3", 0, 56, 56, 96, 3),
-    Shape("56x56 C=64 h=1", 0, 56, 56, 64, 1),
-    Shape("28x28 C=192 h=6", 0, 28, 28, 192, 6),
-    Shape("28x28 C=128 h=2", 0, 28, 28, 128, 2),
-    Shape("14x14 C=192 h=3", 0, 14, 14, 192, 3),
-    Shape("14x14 C=384 h=12", 0, 14, 14, 384, 12),
-    Shape("7x7 windows, 14x14 C=384 h=12", 0, 14, 14, 384, 12, (7, 7)),
-    Shape("7x7 windows, 28x28 C=96 h=3", 0, 28, 28, 96, 3, (7, 7)),
-]
-TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 SOFTMAX_WINDOW = 7
 
 
 class Buffers:
-    """Tensors of one call, in as many copies as outgrow the second-level cache."""
+    """Tensors of one call as models make it, in as many copies as outgrow the second-level cache."""
 
-    def __init__(self, shape: Shape, batch: int, dtype: torch.dtype):
-        tokens, channels = shape.height * shape.width, shape.channels
+    def __init__(self, shape: Shape):
         self.shape = shape
-        self.bytes = batch * tokens * channels * dtype.itemsize
         cache = torch.cuda.get_device_properties(0).L2_cache_size
-        self.count = max(2, -(-2 * cache // (3 * self.bytes)))
-        self.qkvg = [
-            [torch.randn(batch, tokens, channels, device="cuda", dtype=dtype) for _ in range(4)]
-            for _ in range(self.count)
+        self.count = max(2, -(-2 * cache * COMPULSORY["forward"] // (3 * shape.compulsory_bytes("forward"))))
+        self.tokens = [random_tokens(shape, "cuda") for _ in range(self.count)]
+        self.parameters = random_parameters(shape, "cuda")
+
+    def arguments(self, i: int) -> list:
+        return positional(self.shape, self.tokens[i % self.count][:3], self.parameters)
+
+    def gradient(self, i: int) -> Tensor:
+        return self.tokens[i % self.count][3]
+
+
+def recorded(function: Callable, buffers: Buffers) -> Callable[[int], object]:
+    """The backward pass of `function`, for every gradient; its forward has been run."""
+    graphs = []
+    for i in range(buffers.count):
+        arguments = [
+            t.detach().requires_grad_() if isinstance(t, Tensor) else t for t in buffers.arguments(i)
         ]
-        head_dim = channels // shape.heads
-        self.parameters = [
-            torch.rand(channels, device="cuda") + 0.5,
-            None,
-            torch.randn(head_dim, 1, 5, 5, device="cuda") * 0.2,
-            torch.randn(head_dim, device="cuda"),
-        ]
+        inputs = [t for t in arguments if isinstance(t, Tensor)]
+        graphs.append((function(*arguments), inputs))
 
-    def arguments(self, i: int, to: Callable[[Tensor], Tensor] = lambda t: t) -> list:
-        q, k, v, _ = self.qkvg[i % self.count]
-        parameters = [None if p is None else to(p) for p in self.parameters]
-        shape = self.shape
-        options = [(shape.height, shape.width), shape.window, None, 3.0, 1e-6]
-        return [to(q), to(k), to(v), shape.heads, *parameters, *options]
+    def backward(i: int):
+        out, inputs = graphs[i % buffers.count]
+        return torch.autograd.grad(out, inputs, buffers.gradient(i), retain_graph=True)
 
-    def forward(self, i: int) -> tuple[Tensor, Tensor]:
-        """The output, and S and m of all windows."""
-        arguments = self.arguments(i)
-        windows = count_windows(arguments[0], self.shape.window)
-        return torch.ops.flatten.attention_forward(*arguments, windows)
+    return backward
 
 
-def softmax_windows(buffers: Buffers, i: int) -> Tensor:
+def heads_of(t: Tensor, heads: int) -> Tensor:
+    return t.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def softmax(q: Tensor, k: Tensor, v: Tensor, num_heads: int, *_: object) -> Tensor:
+    """Fused softmax attention over all tokens: what the published models replace."""
+    out = F.scaled_dot_product_attention(*(heads_of(t, num_heads) for t in (q, k, v)))
+    return out.transpose(1, 2).flatten(2)
+
+
+def softmax_windows(shape: Shape) -> Callable[..., Tensor]:
     """What a Swin block runs instead: softmax attention in 7 x 7 windows, with partition and reverse."""
-    shape = buffers.shape
-    size, window = (shape.height, shape.width), (SOFTMAX_WINDOW, SOFTMAX_WINDOW)
-    tiles = [reference.to_windows(t, size, window, None) for t in buffers.qkvg[i % buffers.count][:3]]
-    q, k, v = (t.flatten(0, 1).unflatten(-1, (shape.heads, -1)).transpose(1, 2) for t in tiles)
-    out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    return reference.from_windows(out.unflatten(0, tiles[0].shape[:2]), size, window, None)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, *_: object) -> Tensor:
+        size, window = (shape.height, shape.width), (SOFTMAX_WINDOW, SOFTMAX_WINDOW)
+        tiles = [reference.to_windows(t, size, window, None) for t in (q, k, v)]
+        out = softmax(*(t.flatten(0, 1) for t in tiles), num_heads)
+        return reference.from_windows(out.unflatten(0, tiles[0].shape[:2]), size, window, None)
+
+    return attention
+
+
+def bidirectional() -> Callable[..., Tensor] | None:
+    """flash-bidirectional-linear-attention on mapped features, where it is installed: no phi, no taps."""
+    try:
+        library = importlib.import_module("flash_bla.ops.linear_attn.fused")
+    except ImportError:
+        return None
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, *_: object) -> Tensor:
+        return library.linear_attention(*(heads_of(t, num_heads) for t in (q.relu(), k.relu(), v)))
+
+    return attention
+
+
+def functions(shape: Shape) -> dict[str, Callable[..., Tensor]]:
+    """What to time, by name."""
+    found: dict[str, Callable[..., Tensor]] = {
+        "flatten": torch.ops.flatten.attention,
+        "eager": reference.attention,
+        "torch.compile": torch.compile(reference.attention, dynamic=False),
+        "fused softmax": softmax,
+    }
+    divides = shape.height % SOFTMAX_WINDOW == 0 and shape.width % SOFTMAX_WINDOW == 0
+    if divides and not shape.prefix:
+        found["softmax windows"] = softmax_windows(shape)
+    if (other := bidirectional()) is not None:
+        found["flash-bidirectional-linear-attention"] = other
+    return found
 
 
 def median_seconds(call: Callable[[int], object], repetitions: int) -> float:
@@ -110,110 +137,62 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / median_seconds(lambda i: target.copy_(source), 20)
 
 
-def verify(buffers: Buffers, dtype: torch.dtype) -> None:
-    """The first image, forward and backward, against float64. Raises if it is wrong."""
+def measure(shape: Shape, repetitions: int, copy: float) -> Iterator[dict]:
+    """One record for every function and direction. A function that fails is a record with its error."""
+    buffers = Buffers(shape)
+    error = verify(shape, buffers.tokens[0], buffers.parameters)
+    for name, function in functions(shape).items():
+        for direction in COMPULSORY:
+            record = {
+                "shape": shape.name, "batch": shape.batch, "dtype": shape.dtype, "direction": direction,
+                "what": name, "error": error,
+            }  # fmt: skip
+            try:
+                if direction == "forward":
+                    with torch.no_grad():
+                        seconds = median_seconds(lambda i, f=function: f(*buffers.arguments(i)), repetitions)
+                else:
+                    seconds = median_seconds(recorded(function, buffers), repetitions)
+            except RuntimeError as failure:  # out of memory, or a compiler that is not there
+                yield record | {"failed": str(failure).splitlines()[0]}
+                continue
+            rate = shape.compulsory_bytes(direction) / seconds
+            yield record | {"us": seconds * 1e6, "GB/s": rate / 1e9, "of copy": rate / copy}
 
-    def error(got: Tensor, want: Tensor) -> float:
-        return ((got.double() - want).norm() / want.norm()).item()
 
-    arguments = buffers.arguments(0)
-    g = buffers.qkvg[0][3]
-    out, state = buffers.forward(0)
-    got = torch.ops.flatten.attention_backward(g, *arguments, state, [True] * 3 + [False] * 4)
-    one = buffers.arguments(0, lambda t: t[:1].double() if t.dim() == 3 else t.double())
-    one[:3] = [t.requires_grad_() for t in one[:3]]
-    want = reference.attention(*one)
-    gradients = torch.autograd.grad(want, one[:3], g[:1].double())
-    errors = [error(out[:1], want.detach()), *(error(a[:1], b) for a, b in zip(got, gradients, strict=True))]
-    if not max(errors) < TOLERANCE[dtype]:
-        raise SystemExit(f"{buffers.shape.name}: relative errors {errors} against float64: not timed")
-
-
-def candidates(buffers: Buffers, direction: str) -> dict[str, Callable[[int], object]]:
-    """What to time, by name; each takes the number of the repetition."""
-    op = torch.ops.flatten
-    compiled = torch.compile(reference.attention, dynamic=False)
-    if direction == "forward":
-        calls = {
-            "flatten": lambda i: op.attention(*buffers.arguments(i)),
-            "eager": lambda i: reference.attention(*buffers.arguments(i)),
-            "torch.compile": lambda i: compiled(*buffers.arguments(i)),
-        }
-        if buffers.shape.height % SOFTMAX_WINDOW == 0 and buffers.shape.width % SOFTMAX_WINDOW == 0:
-            calls["softmax windows"] = lambda i: softmax_windows(buffers, i)
-        return calls
-    states = [buffers.forward(i)[1] for i in range(buffers.count)]
-    mask = [True, True, True, True, False, True, True]
-
-    def recorded(function) -> Callable[[int], object]:
-        graphs = []
-        for i in range(buffers.count):
-            arguments = [
-                t.detach().requires_grad_() if isinstance(t, Tensor) else t for t in buffers.arguments(i)
-            ]
-            inputs = [t for t in arguments if isinstance(t, Tensor)]
-            graphs.append((function(*arguments), inputs, buffers.qkvg[i][3]))
-
-        def backward(i: int):
-            out, inputs, g = graphs[i % buffers.count]
-            return torch.autograd.grad(out, inputs, g, retain_graph=True)
-
-        return backward
-
-    return {
-        "flatten": lambda i: op.attention_backward(
-            buffers.qkvg[i % buffers.count][3], *buffers.arguments(i), states[i % buffers.count], mask
-        ),
-        "eager": recorded(reference.attention),
-        "torch.compile": recorded(compiled),
-    }
+def table_row(shape: Shape, result: dict) -> str:
+    cells = [f"{shape.name}, B={shape.batch}", shape.dtype, result["direction"], result["what"]]
+    if "failed" in result:
+        cells += [result["failed"], "", ""]
+    else:
+        cells += [f"{result['us']:.1f}", f"{result['GB/s']:.0f}", f"{result['of copy']:.0%}"]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--batches", nargs="*", type=int, default=[1, 8, 64, 128])
-    parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32"])
-    parser.add_argument("--quick", action="store_true", help="batch 8, bfloat16, fewer repetitions")
+    parser.add_argument("--batches", nargs="*", type=int, help="instead of each call's own batch")
+    parser.add_argument(
+        "--quick", action="store_true", help="calls with at most 32 images, fewer repetitions"
+    )
     parser.add_argument("--json", type=Path, help="write the numbers here as well")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit(
             "cuda_bench.py times a GPU and there is none; benchmarks/cuda_counters.py counts without one"
         )
+    shapes = [replace(s, batch=b) for s in MODEL_CALLS for b in args.batches or [s.batch]]
     if args.quick:
-        args.batches, args.dtypes = [8], ["bfloat16"]
-    repetitions = 20 if args.quick else 100
+        shapes = [s for s in shapes if s.batch <= 32]
     copy = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {copy / 1e9:.0f} GB/s\n")
     print("| shape | dtype | direction | what | us | GB/s | of copy |\n|" + " --- |" * 7)
     results = []
-    for dtype_name in args.dtypes:
-        dtype = getattr(torch, dtype_name)
-        for shape in SHAPES:
-            for batch in args.batches:
-                buffers = Buffers(shape, batch, dtype)
-                verify(buffers, dtype)
-                for direction in COMPULSORY:
-                    for name, call in candidates(buffers, direction).items():
-                        seconds = median_seconds(call, repetitions)
-                        rate = COMPULSORY[direction] * buffers.bytes / seconds
-                        result = {
-                            "shape": shape.name,
-                            "batch": batch,
-                            "dtype": dtype_name,
-                            "direction": direction,
-                            "what": name,
-                            "us": seconds * 1e6,
-                            "GB/s": rate / 1e9,
-                            "of copy": rate / copy,
-                        }
-                        results.append(result)
-                        print(
-                            f"| {shape.name}, B={batch} | {dtype_name} | {direction} | {name} | "
-                            f"{seconds * 1e6:.1f} | {rate / 1e9:.0f} | {rate / copy:.0%} |",
-                            flush=True,
-                        )
+    for shape in shapes:
+        for result in measure(shape, 20 if args.quick else 100, copy):
+            results.append(result)
+            print(table_row(shape, result), flush=True)
     if args.json:
         device = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "copy GB/s": copy / 1e9}
         args.json.write_text(json.dumps({**device, "results": results}, indent=1) + "\n")

@@ -5,7 +5,7 @@
     python benchmarks/cuda_counters.py --shapes 56x56 --directions forward --batch-divisor 8
     python benchmarks/cuda_counters.py --report a.json b.json    # one table of several runs' --json
 
-Runs the operators under the CUDA emulator (at $CUDAEMU or ../shared/cuda-emulator), which executes the
+Runs the operators under the CUDA emulator (at $CUDAEMU, or on PATH), which executes the
 compiled PTX and counts exactly. The library must hold PTX that the emulated device takes: build it with
 TORCH_CUDA_ARCH_LIST="8.0+PTX". The numbers are counts, the same on every machine; the times are predictions
 from them, not measurements.
@@ -21,34 +21,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+from cuda_shapes import COMPULSORY, COUNTED, Shape
+
+from flatten_ext import reference
+
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@dataclass(frozen=True)
-class Shape:
-    name: str
-    batch: int
-    height: int
-    width: int
-    channels: int
-    heads: int
-    window: tuple[int, int] | None = None
-
-
-SHAPES = [
-    Shape("56x56 C=96 h=3", 16, 56, 56, 96, 3),
-    Shape("28x28 C=192 h=6", 64, 28, 28, 192, 6),
-    Shape("28x28 C=128 h=2", 64, 28, 28, 128, 2),
-    Shape("14x14 C=192 h=3", 64, 14, 14, 192, 3),
-    Shape("7x7 windows, 14x14 C=384 h=12", 16, 14, 14, 384, 12, (7, 7)),
-    Shape("7x7 windows, 28x28 C=96 h=3", 16, 28, 28, 96, 3, (7, 7)),
-]
-
-# Streams of N * C elements that no implementation avoids: q, k, v, out; and q, k, v, g, dq, dk, dv.
-COMPULSORY = {"forward": 4, "backward": 7}
 
 
 @dataclass(frozen=True)
@@ -70,11 +51,6 @@ GPUS = [Gpu("A100", 1.555e12, 108, 1.41e9), Gpu("H100", 3.35e12, 132, 1.755e9)]
 # ------------------------------------------------------------------------------------ under the emulator
 def measure(shape: Shape, direction: str, dtype_name: str, divisor: int, stats: Path) -> dict:
     """Runs one call and returns its launches' counters, with the error of the first image."""
-    import torch
-
-    from flatten_ext import reference
-    from flatten_ext._torch.families import count_windows
-
     torch.manual_seed(0)
     dtype = getattr(torch, dtype_name)
     batch = max(1, shape.batch // divisor)
@@ -120,7 +96,7 @@ def measure(shape: Shape, direction: str, dtype_name: str, divisor: int, stats: 
             after = stats.stat().st_size
             found = error(out[one], want.detach())
         else:
-            all_windows = count_windows(q_, window)
+            all_windows = replace(shape, batch=batch).windows
             out, state = torch.ops.flatten.attention_forward(q_, k_, v_, *options, all_windows)
             before = stats.stat().st_size
             mask = [True, True, True, True, False, True, True]
@@ -238,14 +214,9 @@ def report(calls: list[dict], commands: list[str]) -> str:
 
 # ------------------------------------------------------------------------------------------------- main
 def emulator() -> str:
-    candidates = [os.environ.get("CUDAEMU", ""), str(ROOT.parent / "shared" / "cuda-emulator")]
-    for candidate in candidates:
-        for path in (Path(candidate), Path(candidate) / "cudaemu"):
-            if candidate and path.is_file():
-                return str(path)
-    if found := shutil.which("cudaemu"):
+    if found := shutil.which(os.environ.get("CUDAEMU") or "cudaemu"):
         return found
-    raise SystemExit("the CUDA emulator was not found: set CUDAEMU to its folder")
+    raise SystemExit("the CUDA emulator was not found: set CUDAEMU to its launcher, or put cudaemu on PATH")
 
 
 def main() -> None:
@@ -284,7 +255,7 @@ def main() -> None:
             command += [sys.executable, __file__, *sys.argv[1:], "--stats", str(stats)]
             path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
             raise SystemExit(subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode)
-    shapes = [s for s in SHAPES if any(part in s.name for part in args.shapes)]
+    shapes = [s for s in COUNTED if any(part in s.name for part in args.shapes)]
     calls = []
     for dtype in args.dtypes:
         for direction in args.directions:

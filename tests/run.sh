@@ -4,14 +4,14 @@
 #   VENV=PATH      the environment to make or reuse (default: .venv)
 #   PYTHON=PATH    the interpreter to make it with (default: python3)
 #   CUDAEMU=PATH   a CUDA emulator's launcher, to run the GPU tests without a GPU
-#                  (default: ../shared/cuda-emulator/cudaemu where it exists)
+#                  (default: cudaemu on PATH, if it is there)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 step() { printf '\n== %s (%(%H:%M:%S)T)\n' "$1" -1; }
 
 venv=${VENV:-.venv}
-emulator=${CUDAEMU:-../shared/cuda-emulator/cudaemu}
+emulator=${CUDAEMU:-$(command -v cudaemu || true)}
 
 step "environment: $venv"
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
