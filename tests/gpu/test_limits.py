@@ -118,10 +118,10 @@ def test_more_tokens_than_32_bits_count(argument):
 @pytest.mark.parametrize(
     "case",
     [
-        on_map(3, 50, batch=1, heads=32, head_dim=32, kernel=(7, 7), key_bias=True),
-        on_map(3, 50, batch=1, heads=1, head_dim=1024, kernel=(7, 7)),
+        on_map(3, 17, batch=1, heads=32, head_dim=32, kernel=(7, 7), key_bias=True),
+        on_map(3, 17, batch=1, heads=1, head_dim=1024, kernel=(7, 7)),
         on_map(3, 17, batch=1, heads=31, head_dim=33, kernel=(7, 7), p=2.5),
-        half(on_map(3, 50, batch=1, heads=32, head_dim=32, kernel=(7, 7))),
+        half(on_map(3, 17, batch=1, heads=32, head_dim=32, kernel=(7, 7))),
         on_map(5, 7, batch=1, heads=16, head_dim=32, kernel=(3, 3), key_bias=True, dtype=torch.float64),
         on_map(5, 7, batch=1, heads=8, head_dim=130, kernel=(3, 3), dtype=torch.float64),
         on_map(5, 7, batch=1, heads=2, head_dim=256, dtype=torch.float64),
