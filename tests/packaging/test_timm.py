@@ -10,7 +10,6 @@ on the meta device. Left out are
   windows take too long; FLatten-Swin is compiled for one size at a time (tests/models/test_export.py);
 - `test_swin_family_window_padding`, and the default windows of `..._stage_windows`: they look for what timm's
   Swin has by default, static masks and windows of 7 in every stage;
-- `test_model_*_fx`: torch.fx does not trace the models yet;
 - `test_model_*_pretrained`: there are no weights to download.
 """
 
@@ -80,8 +79,6 @@ LEFT_OUT = (
     "test_swin_family_script_after_resize",
     "test_swin_family_dynamic_mask_trace",
     "test_swin_family_window_padding",
-    "test_model_forward_fx",
-    "test_model_backward_fx",
     "test_model_load_pretrained",
     "test_model_features_pretrained",
 )
@@ -89,6 +86,8 @@ LEFT_OUT = (
 ON_SMALLEST: dict[str, tuple[Any, ...]] = {
     "test_model_forward": (1,),
     "test_model_backward": (2,),
+    "test_model_forward_fx": (1,),
+    "test_model_backward_fx": (1,),
     "test_model_forward_intermediates_features": (1,),
     "test_model_forward_intermediates": (1,),
     "test_prune_intermediate_layers_params_used": (),
