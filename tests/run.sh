@@ -28,7 +28,7 @@ pip install -q --no-build-isolation -e ".[test]"
 python -m flatten_ext info
 
 step "CPU tests"
-python -m pytest -q -n 2 --dist worksteal -m "not gpu and not packaging"
+python -m pytest -q -n 2 --dist worksteal -m "not gpu and not packaging and not slow"
 
 step "packaging tests"
 # CMake in one process, installing in the other.

@@ -240,7 +240,7 @@ def test_missing_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         flatten_ext.onnx.export(nn.Identity().eval(), torch.ones(1), tmp_path / "x.onnx")
 
 
-@pytest.mark.packaging
+@pytest.mark.slow
 @pytest.mark.parametrize("name", timm.list_models("flatten_*"))
 def test_published_models(name: str, tmp_path: Path) -> None:
     """Every model at its own size, of any batch."""
