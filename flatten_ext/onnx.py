@@ -98,8 +98,8 @@ def export(
 
     Raises:
         MissingExtra: onnx or onnxscript is not installed.
-        ValueError: `model` is in training mode; `dynamic` is none of the above, or does not suit `args`.
-        OSError: the file cannot be written. It is tried before the work.
+        ValueError: `model` is in training mode; `dynamic` is none of the above, or does not suit `args`; the
+            file cannot be written, which is tried before the work.
         torch.onnx.OnnxExporterError: torch cannot export the model; the message says where.
     """
     table = translation_table()
@@ -144,7 +144,8 @@ def _dynamic_shapes(dynamic: Dynamic, example: tuple[Any, ...], model: nn.Module
         raise ValueError(
             f"dynamic is 'image' and args have shapes {shapes}, expected one (B, C, H, W) with B of 2 or more"
         )
-    if any(type(module).__name__ == "SwinTransformerBlock" for module in model.modules()):
+    kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
+    if "SwinTransformerBlock" in kinds:  # by its name: timm need not be installed
         raise ValueError(
             "dynamic is 'image', and model has shifted softmax windows (timm's SwinTransformerBlock), which "
             "torch.export takes at one size only: expected 'batch' or None, and a file for each size"

@@ -14,7 +14,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "models.md"
-MARKS = re.compile(r"(?<=<!-- zoo -->\n\n).*?(?=\n<!-- end -->)", re.S)
+MARKS = re.compile(
+    r"(?<=<!-- zoo, by docs/scripts/zoo_table.py -->\n\n).*?(?=\n<!-- end of the zoo -->)", re.S
+)
 
 # Of the public README, at commit abdb115: ImageNet-1K top-1, and the identifier of the checkpoint's link.
 PUBLISHED = {
