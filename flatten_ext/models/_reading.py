@@ -66,11 +66,17 @@ def _load(name: str) -> Any:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         return content
     # timm drops the metadata, which says what maps the positional encodings were learned on.
-    state_dict = OrderedDict(clean_state_dict(content))
+    state_dict = OrderedDict(_unwrapped(content))
     modules = {f"{key}.": facts for key, facts in metadata_of(content).items()}
-    metadata = {key.strip("."): facts for key, facts in clean_state_dict(modules).items()}
+    metadata = {key.strip("."): facts for key, facts in _unwrapped(modules).items()}
     state_dict._metadata = metadata  # type: ignore[attr-defined]
     return state_dict
+
+
+def _unwrapped(named: dict[str, Any]) -> dict[str, Any]:
+    """Without the prefixes of torch.compile and DistributedDataParallel. Older releases of timm take them off
+    in one order only, so they are asked twice."""
+    return clean_state_dict(clean_state_dict(named))
 
 
 def _reason(error: Exception) -> str:
