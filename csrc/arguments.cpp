@@ -253,7 +253,7 @@ void check(AttentionArgs& args, AttentionInputs& in) {
                ", expected a finite number >= 0");
   check.held("eps", args.eps, in.dtype);
   in.eps = args.eps;
-  in.mapping.focused = focused;
+  in.mapping.map = focused ? FeatureMap::kFocused : FeatureMap::kNone;
   if (focused) {
     check.expect(std::isfinite(*args.focusing_factor) && *args.focusing_factor >= 1, "focusing_factor is ",
                  *args.focusing_factor, ", expected a finite number >= 1");

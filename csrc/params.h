@@ -36,14 +36,14 @@ struct MutableTokens {
 struct Parameter {
   const void* data = nullptr;
   Dtype dtype = Dtype::kFloat32;
-  explicit operator bool() const { return data != nullptr; }
+  explicit constexpr operator bool() const { return data != nullptr; }
 };
 
 /// A contiguous gradient in its parameter's dtype; `data` is null when nobody asked for it.
 struct MutableParameter {
   void* data = nullptr;
   Dtype dtype = Dtype::kFloat32;
-  explicit operator bool() const { return data != nullptr; }
+  explicit constexpr operator bool() const { return data != nullptr; }
 };
 
 /// How tokens lie on the map and in windows.
@@ -80,16 +80,67 @@ struct Taps {
   Parameter bias;
   std::int64_t kernel_h = 0, kernel_w = 0;  // odd
   bool per_channel = false;
-  explicit operator bool() const { return static_cast<bool>(weight); }
+  bool per_image = false;  // weight (B, C, 1, kernel_h, kernel_w): each image's own, without bias
+  explicit constexpr operator bool() const { return static_cast<bool>(weight); }
 };
 
-/// phi_p of the queries and keys (DESIGN: y = (relu(x) + eps) / scale, phi = y^p |y| / |y^p|), or none
-/// (`linear_attention`: the caller mapped them already; scale and key_bias are then absent).
+/// What is done to the channels of a query or key before the products.
+enum class FeatureMap : std::int32_t {
+  kNone,     // the caller mapped them already (`linear_attention`); any sign
+  kFocused,  // phi_p (DESIGN: y = (relu(x) + eps) / scale, phi = y^p |y| / |y^p|)
+  kElu,      // elu(x) + 1
+  kRelu,     // max(x, 0)
+};
+
 struct Mapping {
-  bool focused = true;
-  double focusing_factor = 3.0;
-  Parameter scale;     // (C,), positive
-  Parameter key_bias;  // (window_keys, C)
+  FeatureMap map = FeatureMap::kFocused;
+  double focusing_factor = 3.0;  // of kFocused
+  Parameter scale;               // (C,), positive; of kFocused
+  Parameter key_bias;            // (window_keys, C), added before the map; absent with kNone
+};
+
+/// What becomes of a query's sums y = c Qn S and z = c Qd . m (DESIGN, part 2).
+enum class Normalizer : std::int32_t {
+  kDivide,     // y / (z + eps)
+  kNone,       // y
+  kSubtract,   // y + (1 - z) u
+  kMagnitude,  // (1 + 1 / (z + eps)) y - z u
+};
+
+/// act(gate) multiplies the output.
+enum class GateActivation : std::int32_t { kNone, kSilu, kSigmoid };
+
+/// Cosines and sines (window tokens, R, 2) that rotate the mapped channels (2i, 2i + 1), for S alone: m and z
+/// use the features as they were before. `table.data` is null without rotation.
+struct Rotation {
+  Parameter table;
+  bool per_channel = false;  // R = C / 2; else R = D / 2, the same for all heads
+  explicit constexpr operator bool() const { return static_cast<bool>(table); }
+};
+
+/// w_j >= 0, (batch, keys) or (batch, keys, heads), contiguous, in raster order with windows too; null:
+/// all 1. A key of weight 0 is dropped from S, m, u and W, whatever its k and v hold.
+struct KeyWeight {
+  Parameter weight;
+  bool per_head = false;
+  explicit constexpr operator bool() const { return static_cast<bool>(weight); }
+};
+
+/// What the general form (DESIGN, part 2) has beyond focused linear attention. By default it has nothing:
+/// such calls take the kernels' shortest way.
+struct General {
+  Rotation rotation;
+  KeyWeight key_weight;
+  Normalizer normalizer = Normalizer::kDivide;
+  double similarity_scale = 1.0;            // c
+  Tokens normalizer_query, normalizer_key;  // Qd and Kd where they are not Qn and Kn before rotation; or null
+  Tokens gate;                              // (B, N, h * D_v), or null
+  GateActivation gate_activation = GateActivation::kNone;
+
+  constexpr bool is_plain() const {
+    return !rotation && !key_weight && normalizer == Normalizer::kDivide && similarity_scale == 1.0 &&
+           normalizer_query.data == nullptr && normalizer_key.data == nullptr && gate.data == nullptr;
+  }
 };
 
 /// What flatten::attention and flatten::linear_attention read, forward and backward.
@@ -100,6 +151,7 @@ struct AttentionInputs {
   double eps = 1e-6;
   Taps taps;
   Tokens query, key, value;
+  General general;
 };
 
 struct AttentionForward : AttentionInputs {

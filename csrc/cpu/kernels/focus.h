@@ -325,7 +325,7 @@ struct Focus {
     return c.dim == c.padded ? of_power<true, B>(p) : of_power<false, B>(p);
   }
   static Focus select(const Mapping& mapping, const Parameter& bias, Channels c) {
-    if (!mapping.focused) return {&copy_block<X, T>, &copy_block_backward<X, T>};
+    if (mapping.map == FeatureMap::kNone) return {&copy_block<X, T>, &copy_block_backward<X, T>};
     if (!bias) return of_width<NoBias>(mapping.focusing_factor, c);
     if (bias.dtype == dtype_of(T{})) return of_width<T>(mapping.focusing_factor, c);
     if (bias.dtype == dtype_of(X{})) return of_width<X>(mapping.focusing_factor, c);

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads) gradient_of_key(const __grid_constan
   const A* grad_state = static_cast<const A*>(call.grad_state);
   const bool want_key = to_key.data || call.scale_partials;
   // e_k . z^p runs over all heads. With p = 1 its two terms cancel.
-  if (want_key && focus.mapping.focused && focus.power.whole != 1) {
+  if (want_key && focus.mapping.map == FeatureMap::kFocused && focus.power.whole != 1) {
     for (int head = 0; head < plan.heads; ++head) {
       const State<const A> state(grad_state, plan, at.pair, head);
       state.stage(dm, transposed, plan, true);

@@ -155,7 +155,7 @@ struct Focus {
   /// Fills in the norms of the first `slots` rows, a multiple of kSlots. Synchronises before and after.
   __device__ void measure(const Reader<T>& in, bool keys, const Rows<A>& rows, int slots) const {
     __syncthreads();
-    if (!mapping.focused) {
+    if (mapping.map == FeatureMap::kNone) {
       for (int slot = threadIdx.x; slot < slots; slot += kThreads) rows.inverse[slot] = rows.gain[slot] = 1;
     } else if (in.vector) {
       measure_by<kVector<T>>(in, keys, rows, slots);
@@ -168,7 +168,7 @@ struct Focus {
   /// z^p for N adjacent channels of one row, from x.
   template <int N>
   __device__ __forceinline__ void map(bool keys, const Rows<A>& rows, int slot, int c, A (&x)[N]) const {
-    if (!mapping.focused) return;
+    if (mapping.map == FeatureMap::kNone) return;
     A inverse[N];
     load_scale(c, inverse);
     add_bias(keys, rows.local[slot], c, x);
@@ -183,7 +183,7 @@ struct Focus {
   /// max(y). Adds d loss / d y * y, the share of scale's gradient, to `scale_sum`.
   __device__ __forceinline__ A gradient(A x, A inverse, A e, A dot, A factor, const Rows<A>& rows, int slot,
                                         A& scale_sum) const {
-    if (!mapping.focused) return e;
+    if (mapping.map == FeatureMap::kNone) return e;
     const A y = positive(x, inverse), z = y * rows.inverse[slot];
     const A zp = power(z);
     const A dy =

@@ -190,7 +190,7 @@ struct Backward {
 /// holds of heads of 128, and no 7 x 7 taps from head dimension 64 on.
 Call choose(const AttentionBackward& p, const Device& device) {
   if (const char* why = unsuited(p, device)) return refuse(why);
-  if (!p.mapping.focused) return refuse("features that are mapped already");
+  if (p.mapping.map != FeatureMap::kFocused) return refuse("features that are mapped already");
   if (p.geometry.head_dim >= 64 && taps_of(p) == 7) {  // their operands do not fit the registers
     return refuse("7 x 7 taps with a head dimension of 64 or more");
   }

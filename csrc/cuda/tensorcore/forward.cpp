@@ -7,7 +7,9 @@
 namespace flatten::cuda::tensorcore {
 namespace {
 
-bool is_cubic(const AttentionInputs& p) { return p.mapping.focused && p.mapping.focusing_factor == 3; }
+bool is_cubic(const AttentionInputs& p) {
+  return p.mapping.map == FeatureMap::kFocused && p.mapping.focusing_factor == 3;
+}
 
 const ForwardKernels* kernels_of(const AttentionInputs& p) {
   return with_half<const ForwardKernels*>(p.dtype, [&](auto dtype) {

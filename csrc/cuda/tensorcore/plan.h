@@ -48,7 +48,7 @@ inline TokenArray tokens(const Tokens& x) {
 inline FocusParams focus_of(const AttentionInputs& p) {
   const double power = p.mapping.focusing_factor;
   int mode = kNoMapping;
-  if (p.mapping.focused)
+  if (p.mapping.map == FeatureMap::kFocused)
     mode = power == 1 || power == 2 || power == 3 || power == 4 ? static_cast<int>(power) : kAnyPower;
   return {
       floats(p.mapping.scale), {nullptr, false}, static_cast<float>(p.eps), mode, static_cast<float>(power)};
