@@ -242,7 +242,7 @@ void check(AttentionArgs& args, AttentionInputs& in) {
   check.expect(args.num_heads >= 1 && channels % args.num_heads == 0, "num_heads is ", args.num_heads,
                ", expected a positive divisor of the ", channels, " channels");
   g.heads = args.num_heads;
-  g.head_dim = channels / args.num_heads;
+  g.head_dim = g.value_dim = channels / args.num_heads;
 
   check.geometry(g, args.size, args.window, args.shift);
   check.expect(is_countable(g), "q has shape ", show(args.q.sizes()), ", too large for ", g.heads,
@@ -289,7 +289,7 @@ void check(ConvArgs& args, ConvInputs& in) {
                "weight has shape ", show(args.weight->sizes()),
                ", expected (D, 1, kh, kw) with D dividing the ", channels, " channels of x");
   // A kernel of D < C filters is shared by C / D heads.
-  g.head_dim = args.weight->size(0);
+  g.head_dim = g.value_dim = args.weight->size(0);
   g.heads = channels / g.head_dim;
   check.geometry(g, args.size, args.window, args.shift);
   in.taps = check.taps("weight", args.weight, "bias", args.bias, g, args.size.has_value(), args.x, in.dtype);

@@ -62,9 +62,11 @@ struct Geometry {
   std::int64_t map_h = 1, map_w = 1;
   std::int64_t window_h = 1, window_w = 1;
   std::int64_t shift_h = 0, shift_w = 0;
-  std::int64_t heads = 1, head_dim = 1;
+  std::int64_t heads = 1, head_dim = 1;  // head_dim: D_k, of queries and keys
+  std::int64_t value_dim = 1;            // D_v, of values, taps, gate and output
 
   constexpr std::int64_t channels() const { return heads * head_dim; }
+  constexpr std::int64_t value_channels() const { return heads * value_dim; }
   constexpr std::int64_t windows_h() const { return map_h / window_h; }
   constexpr std::int64_t windows_w() const { return map_w / window_w; }
   constexpr std::int64_t windows() const { return windows_h() * windows_w(); }
@@ -73,8 +75,9 @@ struct Geometry {
   constexpr std::int64_t window_queries() const { return windows() > 1 ? window_h * window_w : queries; }
 };
 
-/// The depthwise branch: weight (D, 1, kernel_h, kernel_w) shared by the heads, or (C, 1, kernel_h,
-/// kernel_w), and bias (D,) or (C,). Absent when weight.data is null.
+/// The depthwise branch over v, of D = value_dim and C = value_channels(): weight (D, 1, kernel_h, kernel_w)
+/// shared by the heads, or (C, 1, kernel_h, kernel_w), and bias (D,) or (C,). Absent when weight.data is
+/// null.
 struct Taps {
   Parameter weight;
   Parameter bias;
@@ -96,7 +99,7 @@ struct Mapping {
   FeatureMap map = FeatureMap::kFocused;
   double focusing_factor = 3.0;  // of kFocused
   Parameter scale;               // (C,), positive; of kFocused
-  Parameter key_bias;            // (window_keys, C), added before the map; absent with kNone
+  Parameter key_bias;            // (window_keys, C), added to the keys before the map, kNone too
 };
 
 /// What becomes of a query's sums y = c Qn S and z = c Qd . m (DESIGN, part 2).
@@ -141,6 +144,10 @@ struct General {
     return !rotation && !key_weight && normalizer == Normalizer::kDivide && similarity_scale == 1.0 &&
            normalizer_query.data == nullptr && normalizer_key.data == nullptr && gate.data == nullptr;
   }
+  /// Whether a window's u and W are needed beside S and m.
+  constexpr bool has_sums() const {
+    return key_weight || normalizer == Normalizer::kSubtract || normalizer == Normalizer::kMagnitude;
+  }
 };
 
 /// What flatten::attention and flatten::linear_attention read, forward and backward.
@@ -163,8 +170,14 @@ struct AttentionForward : AttentionInputs {
   std::int64_t saved_windows = 0;
 };
 
-/// (head_dim + 1) * channels: one D x D block and one mean per head.
-constexpr std::int64_t window_state_elements(const Geometry& g) { return (g.head_dim + 1) * g.channels(); }
+/// S (head_dim x value_dim) and m (head_dim) of every head.
+constexpr std::int64_t window_state_elements(const Geometry& g) { return g.channels() * (g.value_dim + 1); }
+
+/// The same and, where a call needs them, u (value_dim) and W of every head.
+constexpr std::int64_t window_state_elements(const AttentionInputs& in) {
+  const Geometry& g = in.geometry;
+  return window_state_elements(g) + (in.general.has_sums() ? g.heads * (g.value_dim + 1) : 0);
+}
 
 /// Those of all windows.
 constexpr std::int64_t state_elements(const Geometry& g) {
@@ -178,6 +191,38 @@ struct AttentionBackward : AttentionInputs {
   std::int64_t saved_windows = 0;
   MutableTokens grad_query, grad_key, grad_value;
   MutableParameter grad_scale, grad_key_bias, grad_weight, grad_bias;
+  MutableParameter grad_key_weight;
+  MutableTokens grad_normalizer_query, grad_normalizer_key, grad_gate;
+};
+
+/// What flatten::attention_state reads: `query` is null, there is one window and no taps, and of `general`
+/// only rotation (of the keys), key_weight and normalizer_key are given. geometry.queries is keys.
+struct StateForward : AttentionInputs {
+  /// (batch, heads, head_dim + 1, value_dim + 1), contiguous, in the accumulate dtype:
+  /// sum_j w_j [Kn_j; 1] [v_j; 1]^T, with Kd in the last column. Sums, divided by nothing.
+  void* state = nullptr;
+};
+
+struct StateBackward : AttentionInputs {
+  const void* grad_state = nullptr;  // as `state`
+  MutableTokens grad_key, grad_value, grad_normalizer_key;
+  MutableParameter grad_scale, grad_key_bias, grad_key_weight;
+};
+
+/// What flatten::attention_from_state reads: `key` and `value` are null, there is one window and no taps, and
+/// of `general` rotation (of the queries), normalizer, similarity_scale, normalizer_query and the gate are
+/// given. geometry.keys is queries; the keys' number is in the state.
+struct FromStateForward : AttentionInputs {
+  const void* from = nullptr;  // the state, as StateForward leaves it
+  MutableTokens out;
+};
+
+struct FromStateBackward : AttentionInputs {
+  const void* from = nullptr;
+  Tokens grad_out;
+  MutableTokens grad_query, grad_normalizer_query, grad_gate;
+  MutableParameter grad_scale;
+  void* grad_from = nullptr;  // as `from`
 };
 
 /// What flatten::depthwise_conv reads: taps over x on the map, per window; prefix tokens give 0.

@@ -147,7 +147,7 @@ flatten::Geometry geometry(const Shape& s) {
   g.queries = s.query_count();
   g.keys = s.key_count();
   g.heads = s.heads;
-  g.head_dim = s.dim;
+  g.head_dim = g.value_dim = s.dim;
   const bool has_map = s.has_taps() || s.window_h > 0;
   g.prefix = has_map ? s.prefix : 0;
   g.map_h = has_map ? s.height : 1;
@@ -230,7 +230,7 @@ Results run_conv(const Shape& s, Dtype dtype, const Variant& variant, Stored& x,
   const auto set_inputs = [&](flatten::ConvInputs& to) {
     to.dtype = dtype;
     to.geometry = geometry(s);
-    to.geometry.head_dim = s.filters();  // as the operator, which knows of no heads
+    to.geometry.head_dim = to.geometry.value_dim = s.filters();  // as the operator, which knows of no heads
     to.geometry.heads = s.channels() / s.filters();
     to.taps = taps(s, x);
     to.taps.per_channel = false;
