@@ -110,6 +110,7 @@ def installation() -> dict[str, Any]:
         f"{build['compiler']}",
         "libraries": libraries,
         "CUDA kernels": "loaded" if cuda_reason is None else f"not loaded: {cuda_reason}",
+        "other devices": "plain-torch reference",
         "built for CUDA": f"{build['cuda_version']}, architectures {build['cuda_archs']}"
         if build["cuda_version"]
         else "no",

@@ -50,6 +50,8 @@ def test_info_names_what_a_bug_report_needs():
         torch.__version__,
         "libflatten",
         "CUDA kernels",
+        "other devices",
+        "plain-torch reference",
         "instruction set",
         "threads",
     ):
