@@ -165,6 +165,19 @@ def _by_tiles(
     size: Sequence[int] | None,
     approximate: str,
 ) -> Tensor:
+    """A linear layer, GELU and a linear layer, by tiles of the first dimension.
+
+    Args:
+        x: tokens (N, C), or with a convolution images (B, H * W, C).
+        weight1, bias1, weight2, bias2: of the linear layers.
+        conv_weight, conv_bias: of a depthwise 3 x 3 convolution before GELU; None for none.
+        relu: whether a ReLU goes before the convolution.
+        size: H and W, with a convolution.
+        approximate: GELU's argument.
+
+    Returns:
+        The shape of x with the channels of the second layer.
+    """
     row_bytes = math.prod(x.shape[1:-1]) * weight1.shape[0] * x.element_size()
     if conv_weight is None:
         tile = _tokens_in_tile(row_bytes, torch.get_num_threads())
@@ -184,33 +197,9 @@ def _by_tiles(
     return torch.cat([through(part) for part in x.split(tile)])
 
 
-@torch.library.custom_op("flatten::mlp_in_tiles", mutates_args=(), device_types="cpu")
-def mlp_in_tiles(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    conv_weight: Tensor | None,
-    conv_bias: Tensor | None,
-    relu: bool,
-    size: Sequence[int] | None,
-    approximate: str,
-) -> Tensor:
-    """A linear layer, GELU and a linear layer, by tiles of the first dimension.
-
-    Args:
-        x: tokens (N, C), or with a convolution images (B, H * W, C).
-        weight1, bias1, weight2, bias2: of the linear layers.
-        conv_weight, conv_bias: of a depthwise 3 x 3 convolution before GELU; None for none.
-        relu: whether a ReLU goes before the convolution.
-        size: H and W, with a convolution.
-        approximate: GELU's argument.
-
-    Returns:
-        The shape of x with the channels of the second layer.
-    """
-    return _by_tiles(x, weight1, bias1, weight2, bias2, conv_weight, conv_bias, relu, size, approximate)
+mlp_in_tiles = torch.library.custom_op(
+    "flatten::mlp_in_tiles", _by_tiles, mutates_args=(), device_types="cpu"
+)
 
 
 @mlp_in_tiles.register_fake
