@@ -12,21 +12,27 @@ import json
 import re
 from pathlib import Path
 
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import flatten_ext.models  # noqa: F401  registers them
+
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "models.md"
 MARKS = re.compile(
     r"(?<=<!-- zoo, by docs/scripts/zoo_table.py -->\n\n).*?(?=\n<!-- end of the zoo -->)", re.S
 )
 
-# Of the public README, at commit abdb115: ImageNet-1K top-1, and the identifier of the checkpoint's link.
+# Of the public README, at commit abdb115: ImageNet-1K top-1 of the published checkpoints.
 PUBLISHED = {
-    "flatten_pvt_tiny": ("77.8", "3ab1d773f19d45648690"),
-    "flatten_pvt_v2_b0": ("71.1", "5d1f01532b104da28e7b"),
-    "flatten_swin_t": ("82.1", "e1518e76703e4e57a7f2"),
-    "flatten_swin_s": ("83.5", "94188e52af354bf4a88b"),
-    "flatten_swin_b": ("83.8", "7a9e5186bad04e7fb3a9"),
-    "flatten_swin_b_384": ("85.0", "0d0330cf2e5249f1abb6"),
-    "flatten_cswin_t": ("83.1", "48ba765ba8b0451d9d5a"),
+    "flatten_pvt_tiny": "77.8",
+    "flatten_pvt_v2_b0": "71.1",
+    "flatten_swin_t": "82.1",
+    "flatten_swin_s": "83.5",
+    "flatten_swin_b": "83.8",
+    "flatten_swin_b_384": "85.0",
+    "flatten_cswin_t": "83.1",
 }
 SIZES = {"t": "tiny", "s": "small", "b": "base"}
 
@@ -49,12 +55,6 @@ def folded_lepe(config: dict) -> int:
 
 def deit() -> list[tuple[str, int, int, int]]:
     """Name, image size, parameters and multiply-adds of the models that have no record."""
-    import timm
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    import flatten_ext.models  # noqa: F401  registers them
-
     rows = []
     for size in ("tiny", "small", "base"):
         with torch.device("meta"):
@@ -85,8 +85,9 @@ def table() -> str:
         config = record["config"]
         last_norm = 1024 if name.startswith("flatten_pvt") and "v2" not in name else 0
         adds = record["flops"] // 2 - folded_lepe(config)
-        top1, link = PUBLISHED.get(name, ("", ""))
-        file = f"[`{name}.pth`](https://cloud.tsinghua.edu.cn/f/{link}/?dl=1)" if link else "not published"
+        link = timm.get_pretrained_cfg(our_name(name)).origin_url
+        file = f"[`{name}.pth`]({link})" if link else "not published"
+        top1 = PUBLISHED.get(name, "")
         add(our_name(name), config["img_size"], record["params"] - last_norm, adds, top1, file)
     return "\n".join(lines) + "\n"
 

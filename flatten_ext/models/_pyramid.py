@@ -7,17 +7,16 @@ from typing import Any
 
 import torch
 from timm.layers import calculate_drop_path_rates, to_2tuple, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint
+from timm.models import checkpoint
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from torch import Tensor, nn
 
 from ._attention import to_map
-from ._checkpoint import for_pretrained
 from ._mlp import tile_mlps
 from ._positions import Positions, module_positions
 from ._timm import is_empty, of_none, of_this_size, reset_modules, undecayed
 
-__all__ = ["Pyramid", "PyramidStage", "create", "init_linear", "stage_sizes"]
+__all__ = ["Pyramid", "PyramidStage", "init_linear", "stage_sizes"]
 
 
 def stage_sizes(img_size: int | tuple[int, int], stages: int = 4) -> list[tuple[int, int]]:
@@ -137,22 +136,3 @@ class Pyramid(PyramidVisionTransformerV2):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return undecayed(self)
-
-
-def create(
-    cls: type[nn.Module],
-    variant: str,
-    pretrained: bool,
-    filter_fn: Callable[..., Any],
-    kwargs: dict[str, Any],
-) -> Any:
-    """Builds a registered pyramid the way timm builds its own."""
-    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
-    return build_model_with_cfg(
-        cls,
-        variant,
-        pretrained,
-        pretrained_filter_fn=for_pretrained(filter_fn),
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **kwargs,
-    )

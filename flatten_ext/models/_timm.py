@@ -115,9 +115,14 @@ def undecayed(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters() if name.endswith(endings)}
 
 
-def default_cfg(size: int = 224, **kwargs: Any) -> dict[str, Any]:
-    """timm's pretrained_cfg: the public evaluation squashes to 256/224 of the input and crops the centre."""
+def default_cfg(size: int = 224, published: str | None = None, **kwargs: Any) -> dict[str, Any]:
+    """timm's pretrained_cfg: the public evaluation squashes to 256/224 of the input and crops the centre.
+
+    `published` is the identifier in the authors' link to a checkpoint. It becomes `origin_url`: as `url` timm
+    would download it.
+    """
     return {
+        "origin_url": f"https://cloud.tsinghua.edu.cn/f/{published}/?dl=1" if published else None,
         "num_classes": 1000,
         "input_size": (3, size, size),
         "pool_size": (size // 32, size // 32),

@@ -17,9 +17,10 @@ from torch.fx import Proxy
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ._attention import FocusedAttention, Size
+from ._build import build
 from ._checkpoint import unwrap
 from ._positions import Grid, metadata_of, resample_positions
-from ._pyramid import Pyramid, PyramidStage, create, stage_sizes
+from ._pyramid import Pyramid, PyramidStage, stage_sizes
 from ._timm import attention_types, check_attention_dropout, default_cfg
 
 __all__ = ["CSWinBlock", "FlattenCSWinTransformer"]
@@ -310,7 +311,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module, **origin:
 
 default_cfgs = generate_default_cfgs(
     {
-        "flatten_cswin_tiny.in1k": default_cfg(),
+        "flatten_cswin_tiny.in1k": default_cfg(published="48ba765ba8b0451d9d5a"),
         "flatten_cswin_small.in1k": default_cfg(),
         "flatten_cswin_base.in1k": default_cfg(),
         "flatten_cswin_base_384.in1k": default_cfg(384),
@@ -321,7 +322,7 @@ _BASE = {"embed_dim": 96, "depths": (3, 6, 29, 2), "num_heads": (4, 8, 16, 32)}
 
 
 def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> FlattenCSWinTransformer:
-    return create(FlattenCSWinTransformer, variant, pretrained, checkpoint_filter_fn, kwargs)
+    return build(FlattenCSWinTransformer, variant, pretrained, checkpoint_filter_fn, kwargs)
 
 
 @register_model

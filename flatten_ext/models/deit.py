@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from timm.layers import trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from .._grids import KeepsGrid
 from . import _fx as _fx
 from ._attention import PackedAttention, Size, to_map
-from ._checkpoint import for_pretrained, unwrap
+from ._build import build
+from ._checkpoint import unwrap
 from ._mlp import tile_mlps
 from ._positions import Positions, metadata_of, module_positions, resample_positions
 from ._timm import (
@@ -213,15 +214,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module, **origin:
 
 
 def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> FlattenVisionTransformer:
-    out_indices = kwargs.pop("out_indices", 3)
-    return build_model_with_cfg(
-        FlattenVisionTransformer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=for_pretrained(checkpoint_filter_fn),
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **kwargs,
-    )
+    return build(FlattenVisionTransformer, variant, pretrained, checkpoint_filter_fn, kwargs, out_indices=3)
 
 
 default_cfgs = generate_default_cfgs(

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from .._grids import KeepsGrid
 from ..nn import resize_positional_encoding
 from ._attention import PyramidAttention, Size
+from ._build import build
 from ._checkpoint import unwrap
 from ._positions import Grid, metadata_of, resample_positions
-from ._pyramid import Pyramid, PyramidStage, create, stage_sizes
+from ._pyramid import Pyramid, PyramidStage, stage_sizes
 from ._timm import attention_types, check_attention_dropout, default_cfg
 
 torch.fx.wrap("resize_positional_encoding")  # which looks into sizes
@@ -213,12 +214,15 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module, **origin:
 
 
 default_cfgs = generate_default_cfgs(
-    {f"flatten_pvt_{size}.in1k": default_cfg() for size in ("tiny", "small", "medium", "large")}
+    {
+        "flatten_pvt_tiny.in1k": default_cfg(published="3ab1d773f19d45648690"),
+        **{f"flatten_pvt_{size}.in1k": default_cfg() for size in ("small", "medium", "large")},
+    }
 )
 
 
 def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> FlattenPyramidTransformer:
-    return create(FlattenPyramidTransformer, variant, pretrained, checkpoint_filter_fn, kwargs)
+    return build(FlattenPyramidTransformer, variant, pretrained, checkpoint_filter_fn, kwargs)
 
 
 @register_model

@@ -12,10 +12,11 @@ from timm.models.pvt_v2 import checkpoint_filter_fn as _timm_filter
 from torch import nn
 
 from ._attention import PyramidAttention
+from ._build import build
 from ._checkpoint import unwrap
 from ._mlp import tile_mlps
 from ._positions import metadata_of, resample_positions
-from ._pyramid import Pyramid, create, stage_sizes
+from ._pyramid import Pyramid, stage_sizes
 from ._timm import attention_types, check_attention_dropout, default_cfg
 
 __all__ = ["FlattenPyramidTransformerV2"]
@@ -75,7 +76,12 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module, **origin:
     return resample_positions(out, model, metadata_of(state_dict), published=published, **origin)
 
 
-default_cfgs = generate_default_cfgs({f"flatten_pvt_v2_b{i}.in1k": default_cfg() for i in range(6)})
+default_cfgs = generate_default_cfgs(
+    {
+        "flatten_pvt_v2_b0.in1k": default_cfg(published="5d1f01532b104da28e7b"),
+        **{f"flatten_pvt_v2_b{i}.in1k": default_cfg() for i in range(1, 6)},
+    }
+)
 
 _B0 = {
     "depths": (2, 2, 2, 2),
@@ -88,7 +94,7 @@ _B1 = {**_B0, "embed_dims": (64, 128, 320, 512)}
 
 
 def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> FlattenPyramidTransformerV2:
-    return create(FlattenPyramidTransformerV2, variant, pretrained, checkpoint_filter_fn, kwargs)
+    return build(FlattenPyramidTransformerV2, variant, pretrained, checkpoint_filter_fn, kwargs)
 
 
 @register_model

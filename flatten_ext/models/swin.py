@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from timm.layers import resample_patch_embed, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import (
     SwinTransformer,
     SwinTransformerBlock,
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from .._grids import KeepsGrid
 from ._attention import PackedAttention, Size
-from ._checkpoint import for_pretrained, unwrap
+from ._build import build
+from ._checkpoint import unwrap
 from ._fx import TraceableSwinBlock
 from ._mlp import tile_mlps
 from ._positions import Grid, Positions, metadata_of, module_positions, resample_positions, resize_table
@@ -349,23 +350,15 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any, **origin: Any) 
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> FlattenSwinTransformer:
-    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
-    return build_model_with_cfg(
-        FlattenSwinTransformer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=for_pretrained(checkpoint_filter_fn),
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **kwargs,
-    )
+    return build(FlattenSwinTransformer, variant, pretrained, checkpoint_filter_fn, kwargs)
 
 
 default_cfgs = generate_default_cfgs(
     {
-        "flatten_swin_tiny.in1k": default_cfg(classifier="head.fc"),
-        "flatten_swin_small.in1k": default_cfg(classifier="head.fc"),
-        "flatten_swin_base.in1k": default_cfg(classifier="head.fc"),
-        "flatten_swin_base_384.in1k": default_cfg(384, classifier="head.fc"),
+        "flatten_swin_tiny.in1k": default_cfg(published="e1518e76703e4e57a7f2", classifier="head.fc"),
+        "flatten_swin_small.in1k": default_cfg(published="94188e52af354bf4a88b", classifier="head.fc"),
+        "flatten_swin_base.in1k": default_cfg(published="7a9e5186bad04e7fb3a9", classifier="head.fc"),
+        "flatten_swin_base_384.in1k": default_cfg(384, "0d0330cf2e5249f1abb6", classifier="head.fc"),
     }
 )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import timm
 import timm.optim
@@ -29,6 +31,36 @@ def test_registered() -> None:
         side = 384 if name.endswith("384") else 224
         assert cfg.input_size == (3, side, side)
         assert (cfg.num_classes, cfg.crop_mode, cfg.crop_pct) == (1000, "squash", 0.875)
+
+
+# Of the public README, which has no other checkpoints.
+PUBLISHED = {
+    *("flatten_pvt_tiny", "flatten_pvt_v2_b0", "flatten_cswin_tiny"),
+    *(f"flatten_swin_{size}" for size in ("tiny", "small", "base", "base_384")),
+}
+
+
+@pytest.mark.parametrize("name", timm.list_models("flatten_*"))
+def test_pretrained_says_where_the_weights_are(name: str) -> None:
+    with pytest.raises(RuntimeError, match="pretrained is True") as error:
+        timm.create_model(name, pretrained=True)
+    told = str(error.value)
+    if name in PUBLISHED:
+        page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+        [row] = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
+        link = row.partition("](")[2].partition(")")[0]
+        assert f"nothing is downloaded: get the file linked for {name} in docs/models.md, {link}, and" in told
+        assert "call flatten_ext.load_official(model, FILE)" in told
+    else:
+        assert f"weights of {name} are not published" in told
+
+
+def test_pretrained_takes_a_file(tmp_path: Path) -> None:
+    weights = small("deit").state_dict()
+    torch.save(weights, tmp_path / "own.pth")
+    overlay = {"file": str(tmp_path / "own.pth"), "num_classes": small("deit").num_classes}
+    model = small("deit", pretrained=True, pretrained_cfg_overlay=overlay)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
