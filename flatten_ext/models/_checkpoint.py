@@ -1,11 +1,10 @@
-"""Loading the published checkpoints."""
+"""What every family does with a checkpoint: out of its wrappers, and into a model whole."""
 
 from __future__ import annotations
 
 import os
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from timm.layers import to_2tuple
@@ -15,7 +14,7 @@ from ._positions import metadata_of
 from ._reading import read_state_dict
 from ._timm import stem_grid
 
-__all__ = ["for_pretrained", "load_official", "load_weights", "unwrap"]
+__all__ = ["for_pretrained", "grid_pair", "load_weights", "unwrap"]
 
 # Buffers of the public models that every model here rebuilds.
 _BUFFERS = ("relative_position_index", "relative_coords_table", "attn_mask")
@@ -47,52 +46,8 @@ def for_pretrained(filter_fn: Callable[..., dict[str, Tensor]]) -> Callable[...,
     return load
 
 
-def load_official(
-    model: nn.Module,
-    path: str | os.PathLike[str],
-    new_classifier: bool = False,
-    grid: int | tuple[int, int] | None = None,
-) -> nn.Module:
-    """Loads a published .pth file (`{"model": state_dict, ...}`, or a bare state_dict) into `model`, whole.
-
-    Positional encodings and relative position tables are interpolated to the model's resolution; buffers
-    that the model rebuilds are ignored.
-
-    From which map they are interpolated: published files have square maps. Files of this package say it where
-    torch.save wrote a model's `state_dict()`, whose metadata keeps it. Where the metadata is lost
-    (safetensors, distributed checkpoints, a plain dict) `grid` has to say it: 64 x 64 tokens are as many as
-    32 x 128, even where the model has the same number.
-
-    Args:
-        model: a model of `flatten_ext.models`.
-        path: the checkpoint. It is unpickled with weights_only, so it cannot run code; if it holds
-            averaged (EMA) weights too, those are taken.
-        new_classifier: for fine-tuning: leave the model's classifier as it is if it has another number of
-            classes.
-        grid: height and width of the map of patches that the checkpoint was trained for; one number is a
-            square. Patches have stride 4 (in DeiT the patch size, 16): 56 for 224 x 224 pixels in Swin.
-
-    Returns:
-        `model`.
-
-    Raises:
-        TypeError: a model of none of the five families.
-        FileNotFoundError: there is no file at `path`.
-        ValueError: `path` is empty, damaged or holds no state_dict; or the map of its encodings is not known,
-            or is not that of `grid`; or naming every parameter that is missing, unexpected, or of another
-            shape. The model is then unchanged.
-
-    Example:
-        >>> model = timm.create_model("flatten_pvt_v2_b0", img_size=(128, 512))
-        >>> flatten_ext.load_official(model, "flatten_pvt_v2_b0.pth")                     # published
-        >>> flatten_ext.load_official(model, "model.safetensors", grid=(32, 128))         # of the same size
-    """
-    from . import checkpoint_filter
-
-    return load_weights(model, path, partial(checkpoint_filter(model), grid=_pair(grid)), new_classifier)
-
-
-def _pair(grid: Any) -> tuple[int, int] | None:
+def grid_pair(grid: Any) -> tuple[int, int] | None:
+    """`load_official`'s grid as height and width."""
     if grid is None:
         return None
     pair = to_2tuple(grid)
@@ -107,7 +62,7 @@ def load_weights(
     filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]],
     new_classifier: bool = False,
 ) -> nn.Module:
-    """`load_official` for any model: `filter_fn` (state_dict, model) renames and resamples."""
+    """The whole of a checkpoint into any model: `filter_fn` (state_dict, model) renames and resamples."""
     state_dict = filter_fn(unwrap(read_state_dict(path)), model)
     expected = model.state_dict()
     if new_classifier:
