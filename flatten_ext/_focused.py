@@ -26,11 +26,11 @@ torch.fx.wrap("from_windows")
 torch.fx.wrap("resize_positional_encoding")
 torch.fx.wrap("to_windows")
 
-__all__ = ["FocusedAttention", "Size", "resize_positional_encoding"]
+__all__ = ["FocusedAttention", "LearnedKeys", "Size", "resize_positional_encoding"]
 
 
-class FocusedAttention(KeepsGrid, nn.Module):
-    """The attention between the projections, with the parameters that it adds to a softmax attention.
+class LearnedKeys(KeepsGrid, nn.Module):
+    """The parameters that focused linear attention, and PolaFormer's, add to a softmax attention.
 
     Args:
         dim: channels C.
@@ -39,17 +39,17 @@ class FocusedAttention(KeepsGrid, nn.Module):
             `positional_encoding` (1, num_prefix_tokens + height * width, C) is learned; other maps get it
             resampled. None for no positional encoding.
         num_prefix_tokens: leading tokens that lie outside the map (class token, registers).
-        focusing_factor: p of phi_p, at least 1.
         kernel_size: size of the depthwise kernel that the heads share: an odd number, or an odd
             (height, width); None for none.
         lepe: adds CSWin's locally enhanced positional encoding, a 3x3 depthwise kernel for each channel.
-        eps: added to the features and to the normaliser.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
 
     positions_name = "positional_encoding"
+    gate_letter = ""  # in the name of the projection that makes a gate beside the queries; none here
+    reads_input = False  # whether `attend` is given the tokens before the projections too
 
     def __init__(
         self,
@@ -58,10 +58,8 @@ class FocusedAttention(KeepsGrid, nn.Module):
         grid: Size | None,
         *,
         num_prefix_tokens: int = 0,
-        focusing_factor: float = 3.0,
         kernel_size: int | Size | None = 5,
         lepe: bool = False,
-        eps: float = 1e-6,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -75,7 +73,6 @@ class FocusedAttention(KeepsGrid, nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
         self.num_prefix_tokens = num_prefix_tokens
-        self.focusing_factor, self.eps = float(focusing_factor), eps
         self.grid: Any = None if grid is None else (grid[0], grid[1])
         self.scale = nn.Parameter(torch.empty(1, 1, dim, **dd))
         self.positional_encoding: Any = None
@@ -85,7 +82,7 @@ class FocusedAttention(KeepsGrid, nn.Module):
         self.get_v: Any = _depthwise(dim, (3, 3), dd) if lepe else None
         kernel = None if kernel_size is None else _odd_pair(kernel_size)
         self.dwc: Any = None if kernel is None else _depthwise(self.head_dim, kernel, dd)
-        FocusedAttention.reset_parameters(self)
+        LearnedKeys.reset_parameters(self)
 
     def reset_parameters(self) -> None:
         """The published initialisation of the parameters that lie in no layer: zero."""
@@ -112,6 +109,20 @@ class FocusedAttention(KeepsGrid, nn.Module):
         if self.positional_encoding is None:
             return None
         return resize_positional_encoding(self.positional_encoding, self.grid, grid, self.num_prefix_tokens)
+
+
+class FocusedAttention(LearnedKeys):
+    """The attention between the projections, with the parameters that it adds to a softmax attention.
+
+    Args:
+        focusing_factor: p of phi_p, at least 1.
+        eps: added to the features and to the normaliser.
+        arguments: of `LearnedKeys`.
+    """
+
+    def __init__(self, *args: Any, focusing_factor: float = 3.0, eps: float = 1e-6, **arguments: Any):
+        super().__init__(*args, **arguments)
+        self.focusing_factor, self.eps = float(focusing_factor), eps
 
     def attend(
         self,

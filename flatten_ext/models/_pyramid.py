@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from timm.layers import calculate_drop_path_rates, to_2tuple, trunc_normal_
 from timm.models import checkpoint
+from timm.models._features import feature_take_indices
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from torch import Tensor, nn
 
-from ._attention import to_map
+from ._attention import Size, to_map
 from ._mlp import tile_mlps
 from ._positions import Positions, module_positions
 from ._timm import is_empty, of_none, of_this_size, reset_modules, undecayed
 
-__all__ = ["Pyramid", "PyramidStage", "init_linear", "stage_sizes"]
+__all__ = ["NormedPyramid", "Pyramid", "PyramidStage", "init_linear", "on_map", "stage_sizes"]
 
 
 def stage_sizes(img_size: int | tuple[int, int], stages: int = 4) -> list[tuple[int, int]]:
@@ -31,6 +32,11 @@ def init_linear(module: nn.Module) -> None:
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def on_map(conv: nn.Module, x: Tensor, size: Size) -> Tensor:
+    """A convolution that keeps the map, of (B, H * W, C) tokens -> (B, H * W, C)."""
+    return conv(to_map(x, size)).flatten(2).transpose(1, 2)
 
 
 class PyramidStage(nn.Module):
@@ -136,3 +142,45 @@ class Pyramid(PyramidVisionTransformerV2):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return undecayed(self)
+
+
+class NormedPyramid(Pyramid):
+    """A pyramid whose last features go through `norm`."""
+
+    norm: nn.Module
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, C, H / 32, W / 32), normed."""
+        if is_empty(x):
+            return of_none(self.forward_features, x)
+        return self.norm(super().forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """As timm's pyramids; the final features, and with `norm` the last stage's, are normed."""
+        take, last = feature_take_indices(len(self.stages), indices)
+        x, intermediates = super().forward_intermediates(
+            x, indices, stop_early=stop_early, output_fmt=output_fmt
+        )
+        if norm and len(self.stages) - 1 in take:
+            intermediates[-1] = self.norm(intermediates[-1])
+        if intermediates_only:
+            return intermediates
+        return x if stop_early and last < len(self.stages) - 1 else self.norm(x), intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """As timm's pyramids; the norm, sized for the last stage, goes with it."""
+        stages = len(self.stages)
+        take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if prune_norm or len(self.stages) < stages:
+            self.norm = nn.Identity()
+        return take

@@ -1,4 +1,4 @@
-"""What the five families tell timm alike."""
+"""What the families tell timm alike."""
 
 from __future__ import annotations
 
@@ -30,10 +30,12 @@ __all__ = [
 ]
 
 
-def attention_types(attn_type: str, stages: int) -> str:
-    """Checks one letter for each stage: "L" for focused linear attention, "S" for softmax."""
-    if len(attn_type) != stages or set(attn_type) - {"L", "S"}:
-        raise ValueError(f"attn_type must be {stages} letters, each L or S, got {attn_type!r}")
+def attention_types(attn_type: str, stages: int, letters: str = "LS") -> str:
+    """Checks one letter for each stage: "L" for linear attention, "S" for softmax, in some families "M" for
+    some blocks of each."""
+    if len(attn_type) != stages or set(attn_type) - set(letters):
+        expected = f"{', '.join(letters[:-1])} or {letters[-1]}"
+        raise ValueError(f"attn_type must be {stages} letters, each {expected}, got {attn_type!r}")
     return attn_type
 
 
@@ -106,12 +108,12 @@ def stem_grid(model: Any, img_size: tuple[int, int]) -> tuple[int, int]:
 
 
 def undecayed(model: nn.Module) -> set[str]:
-    """Names of the parameters of focused attention that are not to be decayed.
+    """Names of the parameters of focused attention, and of PolaFormer's, that are not to be decayed.
 
-    Both are additive offsets (of keys, and inside a softplus) that start at zero; the public code decays
-    them, since they have three axes.
+    They are additive offsets (of keys, inside a softplus or a sigmoid) that start at zero; the public code
+    decays them, since they have three axes or four.
     """
-    endings = (".scale", ".positional_encoding")
+    endings = (".scale", ".positional_encoding", ".power")
     return {name for name, _ in model.named_parameters() if name.endswith(endings)}
 
 

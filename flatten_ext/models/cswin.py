@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, Mlp, to_2tuple
 from timm.models import generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from timm.models.pvt_v2 import OverlapPatchEmbed
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ._attention import FocusedAttention, Size
+from ._attention import Size
 from ._build import build
 from ._checkpoint import unwrap
+from ._choice import choose
 from ._positions import Grid, metadata_of, resample_positions
-from ._pyramid import Pyramid, PyramidStage, stage_sizes
+from ._pyramid import NormedPyramid, PyramidStage, stage_sizes
 from ._timm import attention_types, check_attention_dropout, default_cfg
 
 __all__ = ["CSWinBlock", "FlattenCSWinTransformer"]
@@ -47,7 +47,9 @@ class LePEAttention(nn.Module):
         self.num_heads, self.attn_drop = num_heads, attn_drop
         self.get_v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, size: Size, window: Size | None = None) -> Tensor:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, size: Size, window: Size | None = None, source: Any = None
+    ) -> Tensor:
         """(B, N, C) tokens of the map `size`, which `window` divides -> (B, N, C)."""
         wh, ww = window or size
         rows, columns = size[0] // wh, size[1] // ww
@@ -62,14 +64,6 @@ class LePEAttention(nn.Module):
         out = out.transpose(1, 2).flatten(2) + self.get_v(image).flatten(2).transpose(1, 2)
         out = out.unflatten(0, (-1, rows, columns)).unflatten(3, (wh, ww))
         return out.transpose(2, 3).flatten(1, 4)
-
-
-class StripeAttention(FocusedAttention):
-    """Focused linear attention in windows, plus the same convolution of v per channel."""
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, size: Size, window: Size | None = None) -> Tensor:
-        """(B, N, C) tokens of the map `size`, which `window` divides -> (B, N, C)."""
-        return self.attend(q, k, v, size, window)
 
 
 def _divides(stripe: int, size: Size) -> bool:
@@ -89,10 +83,10 @@ class CSWinBlock(nn.Module):
     the stripes, and the halves of the packed projection, in place.
 
     Args:
-        kind: "L" for focused linear attention, "S" for softmax.
+        kind: "L" for linear attention, "S" for softmax.
         grid: the map the block is built for.
         split_size: width of the stripes, or None for global attention.
-        focus: focusing_factor and kernel_size of focused attention.
+        attention: makes a branch of type "L" from its channels, heads and window.
     """
 
     def __init__(
@@ -103,7 +97,7 @@ class CSWinBlock(nn.Module):
         grid: Size,
         split_size: int | None,
         *,
-        focus: dict[str, Any],
+        attention: Callable[..., nn.Module],
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         proj_drop: float = 0.0,
@@ -118,7 +112,7 @@ class CSWinBlock(nn.Module):
         self.norm1 = norm_layer(dim, **dd)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.attns: Any = nn.ModuleList(
-            StripeAttention(dim // branches, num_heads // branches, window, lepe=True, **focus, **dd)
+            attention(dim // branches, num_heads // branches, window, lepe=True, **dd)
             if kind == "L"
             else LePEAttention(dim // branches, num_heads // branches, attn_drop, **dd)
             for window in self._windows(grid)
@@ -140,24 +134,25 @@ class CSWinBlock(nn.Module):
         return {
             f"attns.{i}.{attention.positions_name}": [(window[0], window[1])]
             for i, (attention, window) in enumerate(zip(self.attns, self._windows(size), strict=True))
-            if isinstance(attention, FocusedAttention)
+            if not isinstance(attention, LePEAttention)
         }
 
     def set_feat_size(self, feat_size: Size) -> None:
         """Resamples the positional encodings for another map."""
         for attention, window in zip(self.attns, self._windows(feat_size), strict=True):
-            if isinstance(attention, FocusedAttention):
+            if not isinstance(attention, LePEAttention):
                 attention.set_grid(window)
 
-    def _attend(self, x: Tensor, size: Size) -> Tensor:
-        """(B, N, C) -> (B, N, C): stripes side by side, each branch on its share of the channels."""
+    def _attend(self, x: Tensor, size: Size, source: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, C): stripes side by side, each branch on its share of the channels. `source` is
+        what the block was given."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.dim)).unbind(-2)
         if self.split_size is None:
-            return self.proj(self.attns[0](q, k, v, size))
-        halves = [x.chunk(2, -1) for x in (q, k, v)]
+            return self.proj(self.attns[0](q, k, v, size, source=source))
+        halves = [x.chunk(2, -1) for x in (q, k, v, source)]
         # Only the results are copied: the operator reads its stripes and halves of q, k and v in place.
         outs = [
-            attention(*(half[i] for half in halves), size, window)
+            attention(*(half[i] for half in halves[:3]), size, window, halves[3][i])
             for i, (attention, window) in enumerate(zip(self.attns, self._windows(size), strict=True))
         ]
         return self.proj(torch.cat(outs, -1))
@@ -169,23 +164,24 @@ class CSWinBlock(nn.Module):
             y = y.unflatten(1, (height, width))
             y = F.pad(y, (0, 0, 0, -width % self.split_size, 0, -height % self.split_size))
             padded = y.shape[1:3]
-            y = self._attend(y.flatten(1, 2), padded).unflatten(1, padded)
+            y = self._attend(y.flatten(1, 2), padded, x).unflatten(1, padded)
             # Cropped by padding: whether a slice can be flattened in place depends on the size.
             y = F.pad(y, (0, 0, 0, width - padded[1], 0, height - padded[0])).flatten(1, 2)
         else:
-            y = self._attend(y, feat_size)
+            y = self._attend(y, feat_size, x)
         x = x + self.drop_path1(self.proj_drop(y))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 
-class FlattenCSWinTransformer(Pyramid):
-    """CSWin Transformer whose stages of type "L" attend by focused linear attention.
+class FlattenCSWinTransformer(NormedPyramid):
+    """CSWin Transformer whose stages of type "L" attend by focused linear attention, or by InLine's.
 
     Args:
         img_size: the input for which positional encodings are learned; any other resamples them.
         split_sizes: stripe width of the stages of type "S"; the last stage attends globally.
         la_split_sizes: stripe width of the stages of type "L"; None (as published) attends globally.
-        attn_type: "L" (focused linear) or "S" (softmax) for each stage.
+        attn_type: "L" (linear) or "S" (softmax) for each stage.
+        attention: the linear attention: "flatten" or "inline".
         focusing_factor: p of phi_p.
         kernel_size: odd size of the depthwise kernel.
     """
@@ -204,6 +200,7 @@ class FlattenCSWinTransformer(Pyramid):
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         attn_type: str = "LLSS",
+        attention: str = "flatten",
         focusing_factor: float = 3.0,
         kernel_size: int = 5,
         drop_rate: float = 0.0,
@@ -220,7 +217,8 @@ class FlattenCSWinTransformer(Pyramid):
         check_attention_dropout(types, attn_drop_rate)
         self.img_size, self.in_chans = to_2tuple(img_size), in_chans
         sizes, dims = stage_sizes(img_size), tuple(embed_dim << i for i in range(len(depths)))
-        focus = {"focusing_factor": focusing_factor, "kernel_size": kernel_size}
+        options = {"focusing_factor": focusing_factor, "kernel_size": kernel_size}
+        attend = choose(attention, "stripe", **options)
 
         def stage(i: int, rates: list[float]) -> nn.Module:
             split = la_split_sizes[i] if types[i] == "L" else split_sizes[i]
@@ -232,7 +230,7 @@ class FlattenCSWinTransformer(Pyramid):
                     num_heads[i],
                     sizes[i],
                     split,
-                    focus=focus,
+                    attention=attend,
                     mlp_ratio=mlp_ratio,
                     qkv_bias=qkv_bias,
                     proj_drop=proj_drop_rate,
@@ -260,40 +258,6 @@ class FlattenCSWinTransformer(Pyramid):
         self.norm = LayerNorm2d(dims[-1], eps=1e-5, **dd)
         self.init_weights(needs_reset=False)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> (B, C, H / 32, W / 32), normed."""
-        return self.norm(super().forward_features(x))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """As timm's pyramids; the final features, and with `norm` the last stage's, are normed."""
-        take, last = feature_take_indices(len(self.stages), indices)
-        x, intermediates = super().forward_intermediates(
-            x, indices, stop_early=stop_early, output_fmt=output_fmt
-        )
-        if norm and len(self.stages) - 1 in take:
-            intermediates[-1] = self.norm(intermediates[-1])
-        if intermediates_only:
-            return intermediates
-        return x if stop_early and last < len(self.stages) - 1 else self.norm(x), intermediates
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """As timm's pyramids; the norm, sized for the last stage, goes with it."""
-        stages = len(self.stages)
-        take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        if prune_norm or len(self.stages) < stages:
-            self.norm = nn.Identity()
-        return take
-
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module, **origin: Any) -> dict[str, Any]:
     """Public or own checkpoint -> state_dict of `model`; `resample_positions` tells of `origin`."""
@@ -318,7 +282,7 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-_BASE = {"embed_dim": 96, "depths": (3, 6, 29, 2), "num_heads": (4, 8, 16, 32)}
+BASE = {"embed_dim": 96, "depths": (3, 6, 29, 2), "num_heads": (4, 8, 16, 32)}
 
 
 def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> FlattenCSWinTransformer:
@@ -341,11 +305,11 @@ def flatten_cswin_small(pretrained: bool = False, **kwargs: Any) -> FlattenCSWin
 @register_model
 def flatten_cswin_base(pretrained: bool = False, **kwargs: Any) -> FlattenCSWinTransformer:
     """FLatten-CSWin-B at 224 px."""
-    return _create("flatten_cswin_base", pretrained, {**_BASE, "drop_path_rate": 0.5, **kwargs})
+    return _create("flatten_cswin_base", pretrained, {**BASE, "drop_path_rate": 0.5, **kwargs})
 
 
 @register_model
 def flatten_cswin_base_384(pretrained: bool = False, **kwargs: Any) -> FlattenCSWinTransformer:
     """FLatten-CSWin-B at 384 px."""
-    args = {**_BASE, "img_size": 384, "split_sizes": (1, 2, 12, 12), "drop_path_rate": 0.7}
+    args = {**BASE, "img_size": 384, "split_sizes": (1, 2, 12, 12), "drop_path_rate": 0.7}
     return _create("flatten_cswin_base_384", pretrained, {**args, **kwargs})

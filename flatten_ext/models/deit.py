@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from . import _fx as _fx
 from ._attention import PackedAttention, Size, to_map
 from ._build import build
 from ._checkpoint import unwrap
+from ._choice import choose
 from ._mlp import tile_mlps
 from ._positions import Positions, metadata_of, module_positions, resample_positions
 from ._timm import (
@@ -43,14 +44,16 @@ def _refuse_masks(attn_mask: Any, is_causal: bool) -> None:
 class FlattenBlock(nn.Module):
     """Takes the place of a ViT block, keeping its norms, projections, layer scales and MLP."""
 
-    def __init__(self, block: Block, grid: Size, **focus: Any):
+    def __init__(
+        self, block: Block, grid: Size, attention: Callable[..., nn.Module] = PackedAttention, **options: Any
+    ):
         super().__init__()
         if not isinstance(getattr(block.attn, "q_norm", None), nn.Identity):
             raise ValueError("focused attention normalises q and k itself: qk_norm has no counterpart")
         self.norm1, self.ls1, self.drop_path1 = block.norm1, block.ls1, block.drop_path1
         self.norm2, self.ls2, self.drop_path2 = block.norm2, block.ls2, block.drop_path2
         self.mlp = block.mlp
-        self.attn = PackedAttention(block.attn, grid, **focus)
+        self.attn: Any = attention(block.attn, grid, **options)
 
     def forward(self, x: Tensor, size: Size) -> Tensor:
         """(B, prefix + H * W, C) tokens, `size` = (H, W) -> the same."""
@@ -63,6 +66,7 @@ class FocusedTokens(KeepsGrid, VisionTransformer):
 
     blocks: nn.Sequential
     positions_name = "pos_embed"
+    has_public_code = False  # there is none of FLatten-DeiT
 
     def positions_grid(self) -> Size | None:
         return None if self.pos_embed is None else self.patch_embed.grid_size
@@ -73,7 +77,7 @@ class FocusedTokens(KeepsGrid, VisionTransformer):
             yield Positions(self.positions_name, self, lambda stem: [stem])
         yield from module_positions(self.blocks, "blocks", 0)
 
-    def focus(self, types: str, **focus: Any) -> None:
+    def focus(self, types: str, attention: Callable[..., nn.Module]) -> None:
         """Replaces block i where types[i] is "L"."""
         if len(self.blocks) != len(types) or set(types) - {"L", "S"}:
             raise ValueError(f"expected {len(self.blocks)} letters, each L or S, got {types!r}")
@@ -82,7 +86,7 @@ class FocusedTokens(KeepsGrid, VisionTransformer):
         grid, prefix = self.patch_embed.grid_size, self.num_prefix_tokens
         self.blocks = nn.Sequential(
             *(
-                FlattenBlock(block, grid, num_prefix_tokens=prefix, **focus) if kind == "L" else block
+                FlattenBlock(block, grid, attention, num_prefix_tokens=prefix) if kind == "L" else block
                 for block, kind in zip(self.blocks, types, strict=True)
             )
         )
@@ -167,14 +171,15 @@ class FocusedTokens(KeepsGrid, VisionTransformer):
 
 
 class FlattenVisionTransformer(FocusedTokens):
-    """Vision transformer with focused linear attention in every block.
+    """Vision transformer with focused, or another, linear attention in every block.
 
     The class token attends like any other token and is left out of the depthwise branch. The public code
     has no DeiT; the paper gives 6.1 M parameters and 1.1 G FLOPs (multiply-adds) for FLatten-DeiT-T at
     224 px. Counted here: 6.19 M and 1.14 G; S 22.98 M and 4.38 G; B 88.41 M and 17.13 G.
 
     Args:
-        attn_type: "L" (focused linear) or "S" (softmax) for each block; None is "L" throughout.
+        attn_type: "L" (linear) or "S" (softmax) for each block; None is "L" throughout.
+        attention: the linear attention: "flatten", "inline", "pola", "mila", "rala" or "mala".
         focusing_factor: p of phi_p.
         kernel_size: odd size of the depthwise kernel.
         dynamic_img_size: accept any input size; on by default.
@@ -186,6 +191,7 @@ class FlattenVisionTransformer(FocusedTokens):
     def __init__(
         self,
         attn_type: str | None = None,
+        attention: str = "flatten",
         focusing_factor: float = 3.0,
         kernel_size: int = 5,
         dynamic_img_size: bool = True,
@@ -193,23 +199,34 @@ class FlattenVisionTransformer(FocusedTokens):
         **kwargs: Any,
     ):
         super().__init__(dynamic_img_size=dynamic_img_size, dynamic_img_pad=dynamic_img_pad, **kwargs)
+        self.has_public_code = attention == "inline"
         types = attn_type or "L" * len(self.blocks)
         check_attention_dropout(types, kwargs.get("attn_drop_rate", 0.0))
-        self.focus(types, focusing_factor=focusing_factor, kernel_size=kernel_size)
+        self.focus(
+            types, choose(attention, "packed", focusing_factor=focusing_factor, kernel_size=kernel_size)
+        )
 
 
 class FlattenVisionTransformerDistilled(FocusedTokens, VisionTransformerDistilled):
     """What `flatten_ext.convert` makes of timm's distilled DeiT, whose two tokens are both prefixes."""
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module, **origin: Any) -> dict[str, Any]:
-    """Our checkpoint -> state_dict of `model`; `resample_positions` tells of `origin`."""
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any, **origin: Any) -> dict[str, Any]:
+    """Public or own checkpoint -> state_dict of `model`; `resample_positions` tells of `origin`."""
     state_dict = unwrap(state_dict)
+    # The public code has square maps, and the names that ours have: where nothing says what map it was, a
+    # model of a square map takes it for theirs.
+    height, width = model.patch_embed.grid_size
+    published = model.has_public_code and height == width
     # timm takes the embedding for that of a square map.
     embedding = {key: state_dict[key] for key in ("pos_embed",) if key in state_dict}
     rest = {key: value for key, value in state_dict.items() if key not in embedding}
     return resample_positions(
-        {**_timm_filter(rest, model), **embedding}, model, metadata_of(state_dict), published=False, **origin
+        {**_timm_filter(rest, model), **embedding},
+        model,
+        metadata_of(state_dict),
+        published=published,
+        **origin,
     )
 
 

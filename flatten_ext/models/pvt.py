@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from .._grids import KeepsGrid
 from ..nn import resize_positional_encoding
-from ._attention import PyramidAttention, Size
+from ._attention import Size
 from ._build import build
 from ._checkpoint import unwrap
+from ._choice import choose
 from ._positions import Grid, metadata_of, resample_positions
 from ._pyramid import Pyramid, PyramidStage, stage_sizes
 from ._timm import attention_types, check_attention_dropout, default_cfg
@@ -108,14 +109,17 @@ class Stage(KeepsGrid, PyramidStage):
 
 
 class FlattenPyramidTransformer(Pyramid):
-    """PVT without class token whose stages of type "L" attend by focused linear attention.
+    """PVT without class token whose stages of type "L" attend by focused, or another, linear attention.
 
-    The public model owns a last LayerNorm that its forward never applies; its checkpoints have it, and
+    FLatten's public model owns a last LayerNorm that its forward never applies; its checkpoints have it, and
     loading drops it. So there are 2 * embed_dims[-1] parameters less than in the public model, all trained.
 
     Args:
         img_size: the input for which position embeddings are learned; any other resamples them.
-        attn_type: "L" (focused linear) or "S" (softmax) for each stage.
+        attn_type: "L" (linear) or "S" (softmax) for each stage.
+        attention: the linear attention: "flatten", "inline", "pola", "mila", "rala" or "mala".
+        unused_norm: own the LayerNorm of public models that no forward applies, so that every entry of their
+            checkpoints has its place. It is not trained.
         sr_ratios: spatial reduction of keys and values in stages of type "S".
         la_sr_ratios: the same in stages of type "L"; the published models reduce nothing.
         focusing_factor: p of phi_p.
@@ -134,6 +138,8 @@ class FlattenPyramidTransformer(Pyramid):
         mlp_ratios: Sequence[float] = (8, 8, 4, 4),
         qkv_bias: bool = True,
         attn_type: str = "LLLL",
+        attention: str = "flatten",
+        unused_norm: bool = False,
         sr_ratios: Sequence[int] = (8, 4, 2, 1),
         la_sr_ratios: Sequence[int] = (1, 1, 1, 1),
         focusing_factor: float = 3.0,
@@ -152,30 +158,25 @@ class FlattenPyramidTransformer(Pyramid):
         check_attention_dropout(types, attn_drop_rate)
         self.img_size, self.in_chans = to_2tuple(img_size), in_chans
         sizes = stage_sizes(img_size)
+        linear = choose(attention, "pyramid", focusing_factor=focusing_factor, kernel_size=kernel_size)
 
-        def attention(i: int) -> nn.Module:
-            linear = types[i] == "L"
+        def attend(i: int) -> nn.Module:
             softmax = Attention(
                 embed_dims[i],
                 num_heads[i],
-                sr_ratio=(la_sr_ratios if linear else sr_ratios)[i],
+                sr_ratio=(la_sr_ratios if types[i] == "L" else sr_ratios)[i],
                 qkv_bias=qkv_bias,
                 attn_drop=attn_drop_rate,
                 proj_drop=proj_drop_rate,
                 **dd,
             )
-            if not linear:
-                return softmax
-            return PyramidAttention(
-                softmax, sizes[i], focusing_factor=focusing_factor, kernel_size=kernel_size
-            )
+            return linear(softmax, sizes[i]) if types[i] == "L" else softmax
 
         def stage(i: int, rates: list[float]) -> nn.Module:
             dim = embed_dims[i]
             embed = PatchEmbed(embed_dims[i - 1], dim, 2, **dd) if i else None
             blocks: list[nn.Module] = [
-                Block(attention(i), dim, mlp_ratios[i], proj_drop_rate, rate, norm_layer, **dd)
-                for rate in rates
+                Block(attend(i), dim, mlp_ratios[i], proj_drop_rate, rate, norm_layer, **dd) for rate in rates
             ]
             return Stage(embed, blocks, sizes[i], dim, drop_rate, **dd)
 
@@ -190,6 +191,8 @@ class FlattenPyramidTransformer(Pyramid):
             drop_path_rate=drop_path_rate,
             **dd,
         )
+        if unused_norm:
+            self.norm = norm_layer(embed_dims[-1], **dd).requires_grad_(False)
         self.init_weights(needs_reset=False)
 
     @torch.jit.ignore
@@ -203,7 +206,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module, **origin:
     state_dict, out = unwrap(state_dict), {}
     published = "patch_embed1.proj.weight" in state_dict
     for key, value in state_dict.items():
-        if key in ("norm.weight", "norm.bias"):  # which the public forward never applies
+        if key in ("norm.weight", "norm.bias") and not hasattr(model, "norm"):  # which no forward applies
             continue
         key = key.replace("patch_embed1.", "patch_embed.")
         key = re.sub(r"^patch_embed(\d)", lambda m: f"stages.{int(m[1]) - 1}.downsample", key)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from timm.layers import to_2tuple
@@ -11,9 +11,9 @@ from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from timm.models.pvt_v2 import checkpoint_filter_fn as _timm_filter
 from torch import nn
 
-from ._attention import PyramidAttention
 from ._build import build
 from ._checkpoint import unwrap
+from ._choice import choose
 from ._mlp import tile_mlps
 from ._positions import metadata_of, resample_positions
 from ._pyramid import Pyramid, stage_sizes
@@ -23,11 +23,12 @@ __all__ = ["FlattenPyramidTransformerV2"]
 
 
 class FlattenPyramidTransformerV2(Pyramid):
-    """PVTv2 whose stages of type "L" attend by focused linear attention.
+    """PVTv2 whose stages of type "L" attend by focused, or another, linear attention.
 
     Args:
         img_size: the input for which positional encodings are learned; any other resamples them.
-        attn_type: "L" (focused linear) or "S" (softmax) for each stage.
+        attn_type: "L" (linear) or "S" (softmax) for each stage.
+        attention: the linear attention: "flatten", "inline", "pola", "mila", "rala" or "mala".
         sr_ratios: spatial reduction of keys and values in stages of type "S".
         la_sr_ratios: the same in stages of type "L"; the published models reduce nothing.
         focusing_factor: p of phi_p.
@@ -39,6 +40,7 @@ class FlattenPyramidTransformerV2(Pyramid):
         self,
         img_size: int | tuple[int, int] = 224,
         attn_type: str = "LLLL",
+        attention: str = "flatten",
         sr_ratios: Sequence[int] = (8, 4, 2, 1),
         la_sr_ratios: Sequence[int] = (1, 1, 1, 1),
         focusing_factor: float = 3.0,
@@ -46,22 +48,24 @@ class FlattenPyramidTransformerV2(Pyramid):
         **kwargs: Any,
     ):
         types = attention_types(attn_type, len(sr_ratios))
+        make = choose(attention, "pyramid", focusing_factor=focusing_factor, kernel_size=kernel_size)
         check_attention_dropout(types, kwargs.get("attn_drop_rate", 0.0))
         ratios = [
             la if kind == "L" else s for kind, s, la in zip(types, sr_ratios, la_sr_ratios, strict=True)
         ]
         super().__init__(sr_ratios=tuple(ratios), **kwargs)
-        self.focus(types, img_size, focusing_factor=focusing_factor, kernel_size=kernel_size)
+        self.focus(types, img_size, make)
 
-    def focus(self, types: str, img_size: int | tuple[int, int], **focus: Any) -> None:
+    def focus(self, types: str, img_size: int | tuple[int, int], attention: Callable[..., nn.Module]) -> None:
         """Replaces the attention of the stages of type "L"."""
         self.img_size = to_2tuple(img_size)
         for stage, kind, size in zip(self.stages, types, stage_sizes(img_size), strict=True):
             blocks: Any = stage.blocks if kind == "L" else ()
             for block in blocks:
-                block.attn = PyramidAttention(block.attn, size, **focus)
+                block.attn = attention(block.attn, size)
                 # As every convolution of the family: normal, of variance 2 / fan-out.
-                block.attn.dwc.apply(self._init_weights)
+                for name in ("dwc", "lepe"):
+                    getattr(block.attn, name, nn.Identity()).apply(self._init_weights)
         tile_mlps(self)
 
     def _init_weights(self, m: nn.Module) -> None:

@@ -21,6 +21,7 @@ from .._grids import KeepsGrid
 from ._attention import PackedAttention, Size
 from ._build import build
 from ._checkpoint import unwrap
+from ._choice import choose
 from ._fx import TraceableSwinBlock
 from ._mlp import tile_mlps
 from ._positions import Grid, Positions, metadata_of, module_positions, resample_positions, resize_table
@@ -78,22 +79,32 @@ class FlattenSwinBlock(nn.Module):
         block: the block to replace.
         window_size: (height, width) of the windows, clipped to the map; None is the whole map.
         shifted: whether windows smaller than the map are shifted by half their size.
+        attention: makes the attention from a softmax attention, the map of a window and `options`.
+        whole: whether the window is always the whole map, whatever is asked for.
     """
 
     attn_mask = None  # timm's blocks have one where windows are shifted
 
-    def __init__(self, block: SwinTransformerBlock, window_size: StageWindow, shifted: bool, **focus: Any):
+    def __init__(
+        self,
+        block: SwinTransformerBlock,
+        window_size: StageWindow,
+        shifted: bool,
+        attention: Callable[..., Any] = PackedAttention,
+        whole: bool = False,
+        **options: Any,
+    ):
         super().__init__()
         self.norm1, self.drop_path1 = block.norm1, block.drop_path1
         self.norm2, self.mlp, self.drop_path2 = block.norm2, block.mlp, block.drop_path2
-        self.shifted = shifted
+        self.shifted, self.whole = shifted, whole
         self._set_window(block.input_resolution, window_size)
-        self.attn = PackedAttention(block.attn, self.window_size, **focus)
+        self.attn = attention(block.attn, self.window_size, **options)
 
     def _set_window(self, size: Size, window_size: StageWindow) -> None:
         height, width = size
         self.input_resolution = (height, width)
-        if window_size is None:
+        if window_size is None or self.whole:
             window_size = self.input_resolution
         self.window_size = (min(height, window_size[0]), min(width, window_size[1]))
         self.window = None if self.window_size == self.input_resolution else self.window_size
@@ -140,21 +151,25 @@ class FlattenSwinBlock(nn.Module):
 
 
 class FlattenSwinTransformer(SwinTransformer):
-    """Swin Transformer whose stages of type "L" attend by focused linear attention.
+    """Swin Transformer whose stages of type "L" attend by focused, or another, linear attention.
 
     Args:
         window_size: windows of the stages, as timm's: an int or (height, width) for all, or one for each.
             None in the place of a stage of type "L" is its whole map, whatever the size of the input. By
             default, as published, stages of type "L" have their whole map, and those of type "S" 7 x 7
             (12 x 12 in the model of 384 px).
-        attn_type: "L" (focused linear) or "S" (softmax) for each stage.
+        attn_type: "L" (linear), "S" (softmax) or "M" (mixed) for each stage.
+        mixed_blocks: how many blocks of a stage of type "M", its first ones, attend linearly over the whole
+            map. The others are softmax; the stage's windows are theirs.
+        attention: the linear attention: "flatten", "inline", "pola", "mila", "rala" or "mala".
         focusing_factor: p of phi_p.
         kernel_size: odd size of the depthwise kernel.
         dynamic_img_size: accept any input size, padded to whole patches; on by default.
         kwargs: timm's SwinTransformer arguments.
 
     Raises:
-        ValueError: `attn_type` is not a letter L or S for each stage, or a stage of type "S" has no window.
+        ValueError: `attn_type` is not a letter L, S or M for each stage, or a stage with softmax attention
+            has no window.
     """
 
     def __init__(
@@ -162,12 +177,15 @@ class FlattenSwinTransformer(SwinTransformer):
         depths: Sequence[int] = (2, 2, 6, 2),
         window_size: Any = None,
         attn_type: str = "LLSS",
+        mixed_blocks: int = 2,
+        attention: str = "flatten",
         focusing_factor: float = 3.0,
         kernel_size: int = 5,
         dynamic_img_size: bool = True,
         **kwargs: Any,
     ):
-        types = attention_types(attn_type, len(depths))
+        types = attention_types(attn_type, len(depths), "LSM")
+        make = choose(attention, "packed", focusing_factor=focusing_factor, kernel_size=kernel_size)
         check_attention_dropout(types, kwargs.get("attn_drop_rate", 0.0))
         if window_size is None:
             window_size = default_windows(types, softmax=7)
@@ -180,22 +198,22 @@ class FlattenSwinTransformer(SwinTransformer):
         kwargs["strict_img_size"] = kwargs.get("strict_img_size", True) and not dynamic_img_size
         super().__init__(depths=tuple(depths), window_size=placeholders, **kwargs)
         self.patch_embed.dynamic_img_pad = dynamic_img_size
-        self.focus(types, windows, focusing_factor=focusing_factor, kernel_size=kernel_size)
+        self.focus(types, windows, make, mixed_blocks)
 
-    def focus(self, types: str, windows: Sequence[StageWindow], **focus: Any) -> None:
-        """Replaces the blocks of the stages of type "L"; `windows` gives one target for each stage."""
+    def focus(
+        self, types: str, windows: Sequence[StageWindow], attention: Callable[..., Any], mixed_blocks: int = 0
+    ) -> None:
+        """Replaces the blocks of the stages of type "L", and the first ones of type "M"; `windows` gives one
+        target for each stage."""
         self._ref_window_sizes = tuple(windows)
         self._ref_grid_size = tuple(self.patch_embed.grid_size)
         maps = stage_maps(self._ref_grid_size, len(self.layers))
         for stage, kind, window, size in zip(self.layers, types, windows, maps, strict=True):
-            if kind == "L":
-                for block in stage.blocks:
-                    block.input_resolution = size
-                blocks = [
-                    FlattenSwinBlock(block, window, shifted=i % 2 == 1, **focus)
-                    for i, block in enumerate(stage.blocks)
-                ]
-                stage.blocks = nn.Sequential(*blocks)
+            blocks = list(stage.blocks)
+            for i, block in enumerate(blocks[: {"L": None, "M": mixed_blocks, "S": 0}[kind]]):
+                block.input_resolution = size
+                blocks[i] = FlattenSwinBlock(block, window, i % 2 == 1, attention, whole=kind == "M")
+            stage.blocks = nn.Sequential(*blocks)
         for module in self.modules():
             if type(module) is WindowAttention:
                 module.__class__ = TableAttention
@@ -318,19 +336,19 @@ class FlattenSwinTransformer(SwinTransformer):
 
 
 def _is_linear(stage: Any) -> bool:
-    return any(isinstance(block, FlattenSwinBlock) for block in stage.blocks)
+    return all(isinstance(block, FlattenSwinBlock) for block in stage.blocks)
 
 
 def _covers_map(stage: Any) -> bool:
-    return any(isinstance(block, FlattenSwinBlock) and block.window is None for block in stage.blocks)
+    return all(isinstance(block, FlattenSwinBlock) and block.window is None for block in stage.blocks)
 
 
 def _check_softmax_windows(types: Sequence[str], windows: Sequence[StageWindow]) -> None:
     for index, (kind, window) in enumerate(zip(types, windows, strict=True)):
-        if kind == "S" and window is None:
+        if kind != "L" and window is None:
             raise ValueError(
                 f"window_size of stage {index} is None, the whole map, which only stages of type L can have; "
-                "this one is of type S"
+                f"this one is of type {kind}"
             )
 
 
@@ -362,28 +380,28 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-_TINY = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)}
-_BASE = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
+TINY = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)}
+BASE = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
 
 
 @register_model
 def flatten_swin_tiny(pretrained: bool = False, **kwargs: Any) -> FlattenSwinTransformer:
     """FLatten-Swin-T at 224 px."""
-    args = {**_TINY, "drop_path_rate": 0.2}
+    args = {**TINY, "drop_path_rate": 0.2}
     return _create("flatten_swin_tiny", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def flatten_swin_small(pretrained: bool = False, **kwargs: Any) -> FlattenSwinTransformer:
     """FLatten-Swin-S at 224 px."""
-    args = {**_TINY, "depths": (2, 2, 18, 2), "drop_path_rate": 0.3}
+    args = {**TINY, "depths": (2, 2, 18, 2), "drop_path_rate": 0.3}
     return _create("flatten_swin_small", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def flatten_swin_base(pretrained: bool = False, **kwargs: Any) -> FlattenSwinTransformer:
     """FLatten-Swin-B at 224 px."""
-    args = {**_BASE, "drop_path_rate": 0.5}
+    args = {**BASE, "drop_path_rate": 0.5}
     return _create("flatten_swin_base", pretrained, **{**args, **kwargs})
 
 
@@ -391,5 +409,5 @@ def flatten_swin_base(pretrained: bool = False, **kwargs: Any) -> FlattenSwinTra
 def flatten_swin_base_384(pretrained: bool = False, **kwargs: Any) -> FlattenSwinTransformer:
     """FLatten-Swin-B at 384 px."""
     windows = default_windows(kwargs.get("attn_type", "LLSS"), softmax=12)
-    args = {**_BASE, "img_size": 384, "window_size": windows, "drop_path_rate": 0.5}
+    args = {**BASE, "img_size": 384, "window_size": windows, "drop_path_rate": 0.5}
     return _create("flatten_swin_base_384", pretrained, **{**args, **kwargs})
