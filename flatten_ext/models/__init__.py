@@ -1,4 +1,4 @@
-"""The five families of the paper on `torch.ops.flatten.attention`, registered with timm when imported.
+"""FLatten's five families, MILA, RAVLT, MAViT, InLine and PolaFormer, registered with timm when imported.
 
 `timm.create_model("flatten_swin_tiny")` and its like build the paper's configurations; `load_official` loads
 the published checkpoints into them.
@@ -13,13 +13,17 @@ from typing import Any
 
 from torch import nn
 
-from . import cswin, deit, pvt, pvt_v2, swin
+from . import cswin, deit, mila, pvt, pvt_v2, ravlt, swin
+from . import inline as inline
+from . import pola as pola
 from ._attention import FocusedAttention
 from ._checkpoint import grid_pair, load_weights
 from .cswin import FlattenCSWinTransformer
 from .deit import FlattenVisionTransformer, FlattenVisionTransformerDistilled
+from .mila import MilaTransformer
 from .pvt import FlattenPyramidTransformer
 from .pvt_v2 import FlattenPyramidTransformerV2
+from .ravlt import RavltTransformer
 from .swin import FlattenSwinTransformer
 
 __all__ = [
@@ -31,6 +35,8 @@ __all__ = [
     "FlattenVisionTransformer",
     "FlattenVisionTransformerDistilled",
     "FocusedAttention",
+    "MilaTransformer",
+    "RavltTransformer",
     "checkpoint_filter",
     "load_official",
 ]
@@ -42,6 +48,8 @@ _FILTERS: dict[type[nn.Module], Callable[..., Any]] = {
     FlattenSwinTransformer: swin.checkpoint_filter_fn,
     FlattenVisionTransformer: deit.checkpoint_filter_fn,
     FlattenVisionTransformerDistilled: deit.checkpoint_filter_fn,
+    MilaTransformer: mila.checkpoint_filter_fn,
+    RavltTransformer: ravlt.checkpoint_filter_fn,
 }
 
 
@@ -55,7 +63,7 @@ def checkpoint_filter(model: nn.Module) -> Callable[..., dict[str, Any]]:
     its metadata nor its names say it: see `load_official`.
 
     Raises:
-        TypeError: `model` is of none of the five families.
+        TypeError: `model` is of none of the families.
     """
     for family, filter_fn in _FILTERS.items():
         if isinstance(model, family):
@@ -92,7 +100,7 @@ def load_official(
         `model`.
 
     Raises:
-        TypeError: a model of none of the five families.
+        TypeError: a model of none of the families.
         FileNotFoundError: there is no file at `path`.
         ValueError: `path` is empty, damaged or holds no state_dict; or the map of its encodings is not known,
             or is not that of `grid`; or naming every parameter that is missing, unexpected, or of another

@@ -17,7 +17,7 @@ from ._timm import stem_grid
 __all__ = ["for_pretrained", "grid_pair", "load_weights", "unwrap"]
 
 # Buffers of the public models that every model here rebuilds.
-_BUFFERS = ("relative_position_index", "relative_coords_table", "attn_mask")
+_BUFFERS = ("relative_position_index", "relative_coords_table", "attn_mask", "rope.rotations", "RoPE.angle")
 
 
 def unwrap(checkpoint: dict[str, Any]) -> dict[str, Tensor]:

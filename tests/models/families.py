@@ -1,4 +1,5 @@
-"""The five families at the smallest size that still has every kind of block."""
+"""The families at the smallest size that still has every kind of block: SMALL are FLatten's, ALL has the
+others too, those on FLatten's hosts under their attention's name and the host's."""
 
 from __future__ import annotations
 
@@ -23,8 +24,32 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+_PYRAMID = {"embed_dims": (16, 32, 40, 64), "depths": (1, 1, 1, 1)}
+_HEADS = {**_PYRAMID, "num_heads": (1, 2, 5, 8)}
+
+ALL: dict[str, tuple[str, dict[str, Any]]] = {
+    **SMALL,
+    "inline_deit": ("inline_deit_tiny", SMALL["deit"][1]),
+    "inline_swin": (
+        "inline_swin_base",  # whose third stage has blocks of both kinds
+        {"embed_dim": 16, "depths": (1, 1, 3, 1), "num_heads": (1, 2, 4, 8)},
+    ),
+    "inline_pvt": ("inline_pvt_tiny", _HEADS),
+    "inline_cswin": ("inline_cswin_tiny", SMALL["cswin"][1]),
+    "pola_swin": ("pola_swin_tiny", SMALL["swin"][1]),
+    "pola_pvt": ("pola_pvt_tiny", _HEADS),
+    "mila": ("mila_tiny", {"embed_dim": 16, "depths": (1, 1, 1, 1)}),
+    "ravlt": ("ravlt_tiny", {**_HEADS, "num_heads": (1, 2, 5, 4)}),
+    "mavit": ("mavit_tiny", {**_HEADS, "num_heads": (1, 2, 5, 4), "projection": 48}),
+}
+
+
+def host(family: str) -> str:
+    """inline_swin -> swin."""
+    return family.rpartition("_")[2] if family not in SMALL else family
+
 
 def small(family: str, **kwargs: Any) -> nn.Module:
     """A small model of `family`, 10 classes."""
-    name, config = SMALL[family]
+    name, config = ALL[family]
     return timm.create_model(name, **{"num_classes": 10, **config, **kwargs})

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import SMALL, small
+from families import ALL, small
 
 
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("family", ALL)
 def test_an_empty_batch(family: str) -> None:
     model = small(family, img_size=64).eval()
     out = model(torch.randn(0, 3, 64, 96))

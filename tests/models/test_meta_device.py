@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-from families import SMALL, small
+from families import ALL, small
 from torch import Tensor, nn
 
 import flatten_ext
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{family: (family, {}) for family in SMALL},
+    **{family: (family, {}) for family in ALL},
     "deit, registers": ("deit", {"reg_tokens": 2, "init_values": 0.1, "class_token": True}),
     "swin, static masks": ("swin", {"dynamic_img_size": False, "depths": (1, 2, 2, 2), "attn_type": "LSSS"}),
     "swin, windows": ("swin", {"window_size": (14, 7, 7, 7)}),
@@ -98,7 +98,7 @@ def test_initial_values(variant: str, reset: Callable[[nn.Module], None], way: s
 )
 def test_converted_models(name: str, family: str, reset: Callable[[nn.Module], None]) -> None:
     def converted(**kwargs: Any) -> nn.Module:
-        return flatten_ext.convert(timm.create_model(name, **SMALL[family][1], **kwargs))
+        return flatten_ext.convert(timm.create_model(name, **ALL[family][1], **kwargs))
 
     torch.manual_seed(0)
     model = poisoned(converted(device="meta"))
@@ -106,7 +106,7 @@ def test_converted_models(name: str, family: str, reset: Callable[[nn.Module], N
     check(model, converted(), exact_layers=False)
 
 
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("family", ALL)
 def test_a_new_size_first(family: str) -> None:
     """set_input_size on the meta device, then memory. (timm's older releases resize no tables there.)"""
     model = small(family, device="meta", **({"attn_type": "LLLL"} if family == "swin" else {}))
