@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .analysis import attention_map as attention_map
     from .check import self_check as self_check
     from .models import load_official as load_official
+    from .models.accelerate import accelerate as accelerate
     from .models.convert import convert as convert
     from .rotary import rotary_table as rotary_table
 
@@ -31,6 +32,7 @@ __version__: str = _load.build_info()["version"]
 
 # Names whose modules need more than torch; imported when first asked for.
 _LAZY = {
+    "accelerate": "models.accelerate",
     "attention_map": "analysis",
     "convert": "models.convert",
     "decompositions": "_decompositions",
@@ -52,7 +54,7 @@ __all__ = [
 ]
 # `from flatten_ext import *` asks for every name: it must work where there is torch alone.
 if importlib.util.find_spec("timm") is not None:
-    __all__ += ["convert", "load_official"]
+    __all__ += ["accelerate", "convert", "load_official"]
 
 
 def __getattr__(name: str) -> Any:
