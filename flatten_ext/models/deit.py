@@ -214,10 +214,11 @@ class FlattenVisionTransformerDistilled(FocusedTokens, VisionTransformerDistille
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any, **origin: Any) -> dict[str, Any]:
     """Public or own checkpoint -> state_dict of `model`; `resample_positions` tells of `origin`."""
     state_dict = unwrap(state_dict)
-    # The public code has square maps, and the names that ours have: where nothing says what map it was, a
-    # model of a square map takes it for theirs.
+    # The public code has square maps, and the names that ours have. Where nothing says what map it was it is
+    # taken for theirs, but not where it may be that of this model, a rectangle of as many patches.
     height, width = model.patch_embed.grid_size
-    published = model.has_public_code and height == width
+    tokens = getattr(state_dict.get("pos_embed"), "shape", (0, 0))[1] - model.num_prefix_tokens
+    published = model.has_public_code and (height == width or height * width != tokens)
     # timm takes the embedding for that of a square map.
     embedding = {key: state_dict[key] for key in ("pos_embed",) if key in state_dict}
     rest = {key: value for key, value in state_dict.items() if key not in embedding}

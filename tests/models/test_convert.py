@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import timm
 import torch
@@ -112,3 +114,59 @@ def test_qk_norm_is_refused() -> None:
     model = timm.create_model("vit_tiny_patch16_224", qk_norm=True, depth=1)
     with pytest.raises(ValueError, match="qk_norm"):
         flatten_ext.convert(model)
+
+
+@pytest.mark.parametrize("to", ["mila", "rala", "mala", "inline", "pola"])
+@pytest.mark.parametrize("family", SOFTMAX)
+def test_other_attentions(family: str, to: str) -> None:
+    """Weights stay, gates open, and rectangles of any size run; the linear stages are those asked for."""
+    name, host, _ = SOFTMAX[family]
+    config = {"num_classes": 10, **SMALL[family][1]}
+    any_size = {"deit": "dynamic_img_size", "swin": "dynamic_img_size", "pvt_v2": None}[family]
+    if any_size is not None:
+        config |= {"img_size": 64, any_size: True}
+    if family == "swin":
+        config = {"img_size": 64, "strict_img_size": False, **SMALL[family][1]}
+    model = timm.create_model(name, **config)
+    old = {name: p.detach().clone() for name, p in model.named_parameters()}
+    converted = flatten_ext.convert(model, to=to, img_size=64)
+    assert converted is model
+    assert type(model) is type(timm.create_model(host))
+    for key in model.conversion.kept:
+        torch.testing.assert_close(model.get_parameter(key), old[key], rtol=0, atol=0)
+    widened = [key for key in model.conversion.new if re.search(r"\.(qkv|q)[og]\.weight$", key)]
+    assert bool(widened) == (to in ("rala", "mala", "pola"))
+    for key in widened:
+        before = old[re.sub(r"[og]\.weight$", ".weight", key)]
+        now, layer = model.get_parameter(key), model.get_submodule(key.rpartition(".")[0])
+        torch.testing.assert_close(now[: len(before)], before, rtol=0, atol=0)
+        assert not now[len(before) :].any()
+        assert bool((layer.bias[len(before) :] == 1).all())
+    for size in ((64, 64), (96, 64)):
+        model(torch.randn(2, 3, *size)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_windows_of_other_attentions() -> None:
+    """In windows that do not cover the map, shifted ones too."""
+    for to in ("mila", "rala", "mala", "inline", "pola"):
+        config = {"img_size": 64, "strict_img_size": False, **SMALL["swin"][1], "depths": (2, 1, 1, 1)}
+        model = timm.create_model("swin_tiny_patch4_window7_224", **config)
+        model = flatten_ext.convert(model, "LLSS", to=to, window_size=4).eval()
+        assert model.layers[0].blocks[1].shift == (2, 2)
+        x = torch.randn(2, 3, 64, 96)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x)[1:], model(x[1:]), rtol=1e-4, atol=1e-5)
+
+
+def test_other_attentions_refuse() -> None:
+    model = timm.create_model("pvt_v2_b0", **SMALL["pvt_v2"][1])
+    with pytest.raises(ValueError, match="to='rala' rotates keys"):
+        flatten_ext.convert(model, to="rala", keep_reduction=True)
+    with pytest.raises(ValueError, match="'inline' reads no focusing_factor"):
+        flatten_ext.convert(model, to="inline", focusing_factor=2)
+    with pytest.raises(ValueError, match="expected one of 'flatten', 'mila'"):
+        flatten_ext.convert(model, to="performer")
+    assert type(model) is timm.models.pvt_v2.PyramidVisionTransformerV2
+    reduced = flatten_ext.convert(model, to="inline", keep_reduction=True).eval()
+    assert reduced(torch.randn(1, 3, 64, 96)).isfinite().all()

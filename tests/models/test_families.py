@@ -11,6 +11,7 @@ import gzip
 import json
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import golden_data
@@ -20,6 +21,7 @@ import torch
 from golden_data import Golden, unit
 from torch import Tensor, nn
 
+import flatten_ext
 from flatten_ext.models import checkpoint_filter
 
 with gzip.open(golden_data.FOLDER / "families.json.gz") as file:
@@ -111,3 +113,34 @@ def test_logits(case: str) -> None:
     with torch.inference_mode():
         assert relative(model(image), expected) < 1e-10
         assert relative(model.float()(image.float()), golden["logits32"]) < 1e-5
+
+
+@pytest.mark.parametrize("wrapper", ["model", "state_dict", "state_dict_ema", "model_ema", None])
+def test_published_layouts(wrapper: str | None, tmp_path: Path) -> None:
+    """Files as the public code writes them, at a size of their own, into models of another."""
+    for public in ("mlla_tiny", "RAVLT_T", "inline_deit_tiny", "inline_cswin_tiny"):
+        if wrapper in ("state_dict", "model_ema") and public != "RAVLT_T":
+            continue
+        shapes = {key: tuple(shape) for key, shape, *_ in PUBLIC[public]["keys"]}
+        state_dict = {key: torch.full(shape, i) for i, (key, shape) in enumerate(shapes.items())}
+        old = {key: torch.zeros_like(value) for key, value in state_dict.items()}
+        checkpoint: Any = {"epoch": 3} if wrapper == "state_dict" else {"model": old, "epoch": 3}
+        checkpoint = state_dict if wrapper is None else {**checkpoint, wrapper: state_dict}
+        torch.save(checkpoint, tmp_path / "file.pth")
+        model = timm.create_model(our_name(public), img_size=(64, 96))
+        flatten_ext.load_official(model, tmp_path / "file.pth")
+        kept = [i for i, key in enumerate(shapes) if not key.endswith(REBUILT)]
+        values = sorted({int(value.flatten()[0]) for value in model.state_dict().values()})
+        assert values == kept, public
+
+
+def test_one_entry_more_or_less_is_said(tmp_path: Path) -> None:
+    for public in ("mlla_tiny", "RAVLT_T", "pola_pvt_tiny"):
+        state_dict = {key: torch.zeros(shape) for key, shape, *_ in PUBLIC[public]["keys"]}
+        *_, missing = (key for key in state_dict if key.endswith("attn.proj.weight") or "cpe2.weight" in key)
+        del state_dict[missing]
+        state_dict["novel"] = torch.zeros(1)
+        torch.save(state_dict, tmp_path / "file.pth")
+        model = timm.create_model(our_name(public))
+        with pytest.raises(ValueError, match=r"missing: stages[^\n]*\n[^\n]*unexpected: novel"):
+            flatten_ext.load_official(model, tmp_path / "file.pth")
