@@ -19,7 +19,7 @@ using OptionalTensor = std::optional<Tensor>;
 using OptionalSize = std::optional<std::vector<std::int64_t>>;
 
 /// The arguments of flatten::attention as the dispatcher hands them over. Without a focusing_factor they
-/// are flatten::linear_attention's, whose features are mapped already.
+/// are flatten::linear_attention's, whose features are mapped already: feature_map is then not read.
 struct AttentionArgs {
   Tensor q, k, v;
   std::int64_t num_heads;
@@ -27,6 +27,13 @@ struct AttentionArgs {
   OptionalSize size, window, shift;
   std::optional<double> focusing_factor;
   double eps;
+  std::string feature_map = "focused";
+  OptionalTensor rotary, key_weight;
+  std::string normalizer = "divide";
+  double similarity_scale = 1;
+  OptionalTensor gate;
+  std::string gate_activation = "none";
+  OptionalTensor normalizer_q, normalizer_k;  // linear_attention's
 };
 
 /// The arguments of flatten::depthwise_conv.
@@ -51,11 +58,16 @@ class Arguments {
     return torch::stable::detail::to<T>(*next_++);
   }
   AttentionArgs attention(Focus focus);
+  /// What the general form has beyond focused linear attention. It ends the arguments of every operator:
+  /// attention() takes it unless the list has arguments of its own (kEither) before it.
+  void general(Focus focus, AttentionArgs& args);
   ConvArgs conv();
   /// Throws std::logic_error where the schema (schemas.cpp) has not the arguments that were taken.
   void end() const;
 
  private:
+  void take_normalizer(AttentionArgs& args);
+
   const StableIValue *next_, *end_;
 };
 
@@ -66,8 +78,9 @@ class Arguments {
 void check(AttentionArgs& args, AttentionInputs& inputs);
 void check(ConvArgs& args, ConvInputs& inputs);
 
-/// The gradient of the output: q's (x's) shape, dtype and device; made contiguous in place if need be.
-Tokens check_grad_out(const char* op, Tensor& grad_out, const Tensor& q);
+/// The gradient of the output: (batch, queries, value channels), q's (x's) dtype and device; made contiguous
+/// in place if need be.
+Tokens check_grad_out(const char* op, Tensor& grad_out, const Tensor& q, const Geometry& geometry);
 
 /// How many windows' S and m a forward is to save.
 void check_saved_windows(std::int64_t count, const Tensor& q, const Geometry& g);

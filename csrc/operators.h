@@ -1,7 +1,14 @@
 // The operators' host code, once for all devices: check, allocate, run. A device is a class with
 //
 //     static void check_values(const AttentionInputs&);          // of tensors whose values the host can read
+//     static bool takes(const AttentionInputs&), takes(const ConvInputs&);   // whether there are kernels for
+//     a
+//                                                                // call: the same in both directions
+//     static constexpr bool kHasStates;                          // whether it has kernels for states, and
+//     then static bool takes_state(const AttentionInputs&), takes_from_state(const AttentionInputs&);
 //     template <class Params> static void run(const Params&, const Tensor& on);   // the kernels
+//
+// What a device does not take runs in plain torch (plain_torch.h).
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -11,6 +18,7 @@
 
 #include "arguments.h"
 #include "outputs.h"
+#include "plain_torch.h"
 
 namespace flatten {
 
@@ -26,6 +34,10 @@ class Operators {
     m.impl("attention_forward", &attention_forward);
     m.impl("attention_backward", &attention_backward);
     m.impl("depthwise_conv_backward", &depthwise_conv_backward);
+    m.impl("attention_state", &attention_state);
+    m.impl("attention_state_backward", &attention_state_backward);
+    m.impl("attention_from_state", &attention_from_state);
+    m.impl("attention_from_state_backward", &attention_from_state_backward);
   }
 
  private:
@@ -36,14 +48,15 @@ class Operators {
     Device::check_values(forward);
     const Geometry& g = forward.geometry;
     check_saved_windows(saved_windows, args.q, g);
-    Tensor out = empty_on_device_of(args.q, {g.batch, g.queries, g.channels()}, forward.dtype);
+    Tensor out = empty_on_device_of(args.q, {g.batch, g.queries, g.value_channels()}, forward.dtype);
     if (state) {
-      *state = empty_on_device_of(args.q, {saved_windows * window_state_elements(g)},
+      *state = empty_on_device_of(args.q, {saved_windows * window_state_elements(forward)},
                                   accumulate_dtype(forward.dtype));
     }
-    if (is_empty(g)) {
+    const bool taken = Device::takes(forward);
+    if (is_empty(g) || !taken) {  // plain torch leaves no state, and its backward reads none
       if (state) torch::stable::zero_(*state);
-      return out;
+      return is_empty(g) ? out : plain_torch::forward(args);
     }
     forward.out = writable(out);
     forward.saved_windows = saved_windows;
@@ -64,6 +77,7 @@ class Operators {
     Arguments given(stack, count);
     AttentionArgs args = given.attention(Focus::kEither);
     const auto saved_windows = given.next<std::int64_t>();
+    given.general(Focus::kEither, args);
     given.end();
     Tensor state;
     stack[0] = torch::stable::detail::from(forward(args, &state, saved_windows));
@@ -76,17 +90,28 @@ class Operators {
     AttentionArgs args = given.attention(Focus::kEither);
     const auto state = given.next<Tensor>();
     const auto mask = given.next<std::vector<bool>>();
+    given.general(Focus::kEither, args);
     given.end();
     AttentionBackward backward;
     check(args, backward);
     Device::check_values(backward);
-    backward.grad_out = check_grad_out("attention_backward", grad_out, args.q);
+    backward.grad_out = check_grad_out("attention_backward", grad_out, args.q, backward.geometry);
     const SavedState saved = check_state(state, args.q, backward);
     backward.state = saved.data;
     backward.saved_windows = saved.windows;
-    const std::vector<Tensor> gradients = allocate_gradients(args, mask, backward);
-    if (!gradients.empty() && !is_empty(backward.geometry)) Device::run(backward, args.q);
-    stack[0] = torch::stable::detail::from(gradients);
+    stack[0] = torch::stable::detail::from(gradients_of(args, grad_out, mask, backward, args.q));
+  }
+
+  /// The gradients that the mask asks for, by kernels or, where the device does not take the call, in plain
+  /// torch.
+  template <class Args, class Params>
+  static std::vector<Tensor> gradients_of(const Args& args, const Tensor& grad_out,
+                                          const std::vector<bool>& mask, Params& backward, const Tensor& on) {
+    std::vector<Tensor> gradients = allocate_gradients(args, mask, backward);
+    if (gradients.empty() || is_empty(backward.geometry)) return gradients;
+    if (!Device::takes(backward)) return plain_torch::backward(grad_out, args, mask);
+    Device::run(backward, on);
+    return gradients;
   }
 
   static void depthwise_conv(StableIValue* stack, std::uint64_t count, std::uint64_t) {
@@ -96,9 +121,13 @@ class Operators {
     ConvForward forward;
     check(args, forward);
     const Geometry& g = forward.geometry;
-    const Tensor out = empty_on_device_of(args.x, {g.batch, g.queries, g.channels()}, forward.dtype);
+    Tensor out = empty_on_device_of(args.x, {g.batch, g.queries, g.channels()}, forward.dtype);
     forward.out = writable(out);
-    if (!is_empty(g)) Device::run(forward, args.x);
+    if (!is_empty(g) && !Device::takes(forward)) {
+      out = plain_torch::forward(args);
+    } else if (!is_empty(g)) {
+      Device::run(forward, args.x);
+    }
     stack[0] = torch::stable::detail::from(out);
   }
 
@@ -110,10 +139,105 @@ class Operators {
     given.end();
     ConvBackward backward;
     check(args, backward);
-    backward.grad_out = check_grad_out("depthwise_conv_backward", grad_out, args.x);
-    const std::vector<Tensor> gradients = allocate_gradients(args, mask, backward);
-    if (!gradients.empty() && !is_empty(backward.geometry)) Device::run(backward, args.x);
+    backward.grad_out = check_grad_out("depthwise_conv_backward", grad_out, args.x, backward.geometry);
+    stack[0] = torch::stable::detail::from(gradients_of(args, grad_out, mask, backward, args.x));
+  }
+
+  static void attention_state(StableIValue* stack, std::uint64_t count, std::uint64_t) {
+    Arguments given(stack, count);
+    StateArgs args = take_state(given);
+    given.end();
+    StateForward forward;
+    check(args, forward);
+    Device::check_values(forward);
+    const Geometry& g = forward.geometry;
+    Tensor state = empty_on_device_of(args.k, {g.batch, g.heads, g.head_dim + 1, g.value_dim + 1},
+                                      accumulate_dtype(forward.dtype));
+    if (is_empty(g)) {  // of no keys
+      torch::stable::zero_(state);
+    } else if (takes_state(forward)) {
+      forward.state = state.mutable_data_ptr();
+      run_state(forward, args.k);
+    } else {
+      state = plain_torch::forward(args);
+    }
+    stack[0] = torch::stable::detail::from(state);
+  }
+
+  static void attention_state_backward(StableIValue* stack, std::uint64_t count, std::uint64_t) {
+    Arguments given(stack, count);
+    auto grad_out = given.next<Tensor>();
+    StateArgs args = take_state(given);
+    const auto mask = given.next<std::vector<bool>>();
+    given.end();
+    StateBackward backward;
+    check(args, backward);
+    Device::check_values(backward);
+    backward.grad_state =
+        check_whole_state("attention_state_backward", "grad_out", grad_out, args.k, backward);
+    std::vector<Tensor> gradients = allocate_gradients(args, mask, backward);
+    if (!gradients.empty() && !is_empty(backward.geometry)) {
+      if (takes_state(backward)) {
+        run_state(backward, args.k);
+      } else {
+        gradients = plain_torch::backward(grad_out, args, mask);
+      }
+    }
     stack[0] = torch::stable::detail::from(gradients);
+  }
+
+  static void attention_from_state(StableIValue* stack, std::uint64_t count, std::uint64_t) {
+    Arguments given(stack, count);
+    FromStateArgs args = take_from_state(given);
+    given.end();
+    FromStateForward forward;
+    check(args, forward);
+    Device::check_values(forward);
+    const Geometry& g = forward.geometry;
+    Tensor out = empty_on_device_of(args.q, {g.batch, g.queries, g.value_channels()}, forward.dtype);
+    if (!is_empty(g) && !takes_from_state(forward)) {
+      out = plain_torch::forward(args);
+    } else if (!is_empty(g)) {
+      forward.from = args.state.const_data_ptr();
+      forward.out = writable(out);
+      run_state(forward, args.q);
+    }
+    stack[0] = torch::stable::detail::from(out);
+  }
+
+  static void attention_from_state_backward(StableIValue* stack, std::uint64_t count, std::uint64_t) {
+    Arguments given(stack, count);
+    auto grad_out = given.next<Tensor>();
+    FromStateArgs args = take_from_state(given);
+    const auto mask = given.next<std::vector<bool>>();
+    given.end();
+    FromStateBackward backward;
+    check(args, backward);
+    Device::check_values(backward);
+    backward.grad_out = check_grad_out("attention_from_state_backward", grad_out, args.q, backward.geometry);
+    backward.from = args.state.const_data_ptr();
+    std::vector<Tensor> gradients = allocate_gradients(args, mask, backward);
+    if (!gradients.empty() && !is_empty(backward.geometry)) {
+      if (takes_from_state(backward)) {
+        run_state(backward, args.q);
+      } else {
+        gradients = plain_torch::backward(grad_out, args, mask);
+      }
+    }
+    stack[0] = torch::stable::detail::from(gradients);
+  }
+
+  static bool takes_state(const AttentionInputs& in) {
+    if constexpr (Device::kHasStates) return Device::takes_state(in);
+    return false;
+  }
+  static bool takes_from_state(const AttentionInputs& in) {
+    if constexpr (Device::kHasStates) return Device::takes_from_state(in);
+    return false;
+  }
+  template <class Params>
+  static void run_state(const Params& params, const Tensor& on) {
+    if constexpr (Device::kHasStates) Device::run(params, on);
   }
 };
 

@@ -18,30 +18,59 @@ using Sizes = std::vector<std::int64_t>;
 /// Allocates the requested gradients one after the other.
 class Gradients {
  public:
-  Gradients(const char* op, const std::vector<bool>& mask, std::size_t expected, const Geometry& geometry)
-      : op_(op), mask_(mask), zero_(is_empty(geometry)) {
-    if (mask.size() != expected) {
+  /// `expected` tensor arguments, of which a mask may leave out the last ones behind the first `at_least`.
+  Gradients(const char* op, const std::vector<bool>& mask, std::size_t at_least, std::size_t expected,
+            bool zero)
+      : op_(op), mask_(mask), zero_(zero) {
+    if (mask.size() != at_least && mask.size() != expected) {
+      const std::string all =
+          at_least == expected ? "" : " or, with all tensors, " + std::to_string(expected);
       throw std::runtime_error("flatten." + op_ + ": output_mask has " + std::to_string(mask.size()) +
-                               " entries, expected " + std::to_string(expected));
+                               " entries, expected " + std::to_string(at_least) + all);
     }
     tensors_.reserve(expected);
   }
 
   void tokens(const Tensor& input, Dtype dtype, MutableTokens& out) {
-    if (mask_[next_++]) out = writable(add(input, dtype));
+    if (asked()) out = writable(add(input, dtype));
+  }
+
+  void tokens(const char* name, const OptionalTensor& input, Dtype dtype, MutableTokens& out) {
+    if (asked_of(name, input)) out = writable(add(*input, dtype));
   }
 
   void parameter(const char* name, const OptionalTensor& input, Dtype dtype, MutableParameter& out) {
-    if (!mask_[next_++]) return;
-    if (!input)
-      throw std::runtime_error("flatten." + op_ + ": output_mask asks for the gradient of " + name +
-                               ", which is None");
-    out = {add(*input, dtype).mutable_data_ptr(), dtype};
+    if (asked_of(name, input)) out = {add(*input, dtype).mutable_data_ptr(), dtype};
+  }
+
+  /// A whole state's, whose layout is known.
+  void state(const Tensor& input, Dtype dtype, void*& out) {
+    if (asked()) out = add(input, dtype).mutable_data_ptr();
+  }
+
+  void none_of_table() {
+    if (asked())
+      throw std::runtime_error("flatten." + op_ +
+                               ": output_mask asks for the gradient of rotary, a table "
+                               "that has none");
   }
 
   std::vector<Tensor> take() { return std::move(tensors_); }
 
  private:
+  bool asked() {
+    const std::size_t i = next_++;
+    return i < mask_.size() && mask_[i];
+  }
+
+  bool asked_of(const char* name, const OptionalTensor& input) {
+    if (!asked()) return false;
+    if (!input)
+      throw std::runtime_error("flatten." + op_ + ": output_mask asks for the gradient of " + name +
+                               ", which is None");
+    return true;
+  }
+
   const Tensor& add(const Tensor& input, Dtype dtype) {
     const auto sizes = input.sizes();
     tensors_.push_back(empty_on_device_of(input, Sizes(sizes.begin(), sizes.end()), dtype));
@@ -85,7 +114,7 @@ MutableTokens writable(const Tensor& t) { return {t.mutable_data_ptr(), t.stride
 
 std::vector<Tensor> allocate_gradients(const AttentionArgs& args, const std::vector<bool>& mask,
                                        AttentionBackward& params) {
-  Gradients gradients("attention_backward", mask, 7, params.geometry);
+  Gradients gradients("attention_backward", mask, 7, 12, is_empty(params.geometry));
   gradients.tokens(args.q, params.dtype, params.grad_query);
   gradients.tokens(args.k, params.dtype, params.grad_key);
   gradients.tokens(args.v, params.dtype, params.grad_value);
@@ -93,15 +122,47 @@ std::vector<Tensor> allocate_gradients(const AttentionArgs& args, const std::vec
   gradients.parameter("key_bias", args.key_bias, params.mapping.key_bias.dtype, params.grad_key_bias);
   gradients.parameter("dwc_weight", args.dwc_weight, params.taps.weight.dtype, params.grad_weight);
   gradients.parameter("dwc_bias", args.dwc_bias, params.taps.bias.dtype, params.grad_bias);
+  gradients.none_of_table();
+  gradients.parameter("key_weight", args.key_weight, params.general.key_weight.weight.dtype,
+                      params.grad_key_weight);
+  gradients.tokens("gate", args.gate, params.dtype, params.grad_gate);
+  gradients.tokens("normalizer_q", args.normalizer_q, params.dtype, params.grad_normalizer_query);
+  gradients.tokens("normalizer_k", args.normalizer_k, params.dtype, params.grad_normalizer_key);
   return gradients.take();
 }
 
 std::vector<Tensor> allocate_gradients(const ConvArgs& args, const std::vector<bool>& mask,
                                        ConvBackward& params) {
-  Gradients gradients("depthwise_conv_backward", mask, 3, params.geometry);
+  Gradients gradients("depthwise_conv_backward", mask, 3, 3, is_empty(params.geometry));
   gradients.tokens(args.x, params.dtype, params.grad_x);
   gradients.parameter("weight", args.weight, params.taps.weight.dtype, params.grad_weight);
   gradients.parameter("bias", args.bias, params.taps.bias.dtype, params.grad_bias);
+  return gradients.take();
+}
+
+std::vector<Tensor> allocate_gradients(const StateArgs& args, const std::vector<bool>& mask,
+                                       StateBackward& params) {
+  Gradients gradients("attention_state_backward", mask, 7, 7, is_empty(params.geometry));
+  gradients.tokens(args.k, params.dtype, params.grad_key);
+  gradients.tokens(args.v, params.dtype, params.grad_value);
+  gradients.parameter("scale", args.scale, params.mapping.scale.dtype, params.grad_scale);
+  gradients.parameter("key_bias", args.key_bias, params.mapping.key_bias.dtype, params.grad_key_bias);
+  gradients.none_of_table();
+  gradients.parameter("key_weight", args.key_weight, params.general.key_weight.weight.dtype,
+                      params.grad_key_weight);
+  gradients.tokens("normalizer_k", args.normalizer_k, params.dtype, params.grad_normalizer_key);
+  return gradients.take();
+}
+
+std::vector<Tensor> allocate_gradients(const FromStateArgs& args, const std::vector<bool>& mask,
+                                       FromStateBackward& params) {
+  Gradients gradients("attention_from_state_backward", mask, 6, 6, is_empty(params.geometry));
+  gradients.tokens(args.q, params.dtype, params.grad_query);
+  gradients.state(args.state, accumulate_dtype(params.dtype), params.grad_from);
+  gradients.parameter("scale", args.scale, params.mapping.scale.dtype, params.grad_scale);
+  gradients.none_of_table();
+  gradients.tokens("normalizer_q", args.normalizer_q, params.dtype, params.grad_normalizer_query);
+  gradients.tokens("gate", args.gate, params.dtype, params.grad_gate);
   return gradients.take();
 }
 

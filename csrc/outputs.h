@@ -2,6 +2,7 @@
 #pragma once
 
 #include "arguments.h"
+#include "states.h"
 
 namespace flatten {
 
@@ -14,14 +15,18 @@ Tensor empty_on_device_of(const Tensor& like, const std::vector<std::int64_t>& s
 /// Where to write a contiguous (batch, token, channel) tensor.
 MutableTokens writable(const Tensor& tokens);
 
-/// Uninitialised contiguous gradients of q, k, v, scale, key_bias, dwc_weight, dwc_bias where `mask` asks for
-/// them, in that order, with `params` pointing at them; zeros if the call is empty. Asking for the gradient
-/// of an argument that is None is an error.
+/// Uninitialised contiguous gradients of the tensor arguments where `mask` asks for them, in the order of the
+/// schema, with `params` pointing at them; zeros if the call is empty. Asking for the gradient of an argument
+/// that is None is an error. A mask of seven entries ends with dwc_bias.
 std::vector<Tensor> allocate_gradients(const AttentionArgs& args, const std::vector<bool>& mask,
                                        AttentionBackward& params);
 
-/// The same for x, weight, bias.
+/// The same for the other operators.
 std::vector<Tensor> allocate_gradients(const ConvArgs& args, const std::vector<bool>& mask,
                                        ConvBackward& params);
+std::vector<Tensor> allocate_gradients(const StateArgs& args, const std::vector<bool>& mask,
+                                       StateBackward& params);
+std::vector<Tensor> allocate_gradients(const FromStateArgs& args, const std::vector<bool>& mask,
+                                       FromStateBackward& params);
 
 }  // namespace flatten

@@ -161,6 +161,14 @@ struct AttentionInputs {
   General general;
 };
 
+/// Whether a call is focused linear attention's, or that of features which are mapped already: nothing in it
+/// is of the general form.
+constexpr bool is_plain(const AttentionInputs& in) {
+  const bool mapped = in.mapping.map == FeatureMap::kNone && !in.mapping.key_bias;
+  return in.general.is_plain() && !in.taps.per_image && in.geometry.value_dim == in.geometry.head_dim &&
+         (mapped || in.mapping.map == FeatureMap::kFocused);
+}
+
 struct AttentionForward : AttentionInputs {
   MutableTokens out;
   /// Where to leave S and m for the backward pass, in the accumulate dtype, or null: window_state_elements()

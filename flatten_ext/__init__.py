@@ -1,7 +1,8 @@
 """Focused linear attention for vision transformers: C++ and CUDA kernels behind torch.ops.flatten.
 
-`attention`, `linear_attention` and `depthwise_conv` are the operators, `FocusedLinearAttention` the module to
-put in a transformer block, `flatten_ext.models` the published models (needs timm).
+`attention`, `linear_attention`, `attention_state`, `attention_from_state` and `depthwise_conv` are the
+operators, `FocusedLinearAttention` is the module to put in a transformer block, `flatten_ext.models` has the
+published models (needs timm).
 """
 
 import importlib
@@ -15,7 +16,7 @@ from . import (
 from . import _moved as _moved
 from . import _torch as _torch  # torch's hooks
 from .nn import FocusedLinearAttention
-from .ops import attention, depthwise_conv, linear_attention
+from .ops import attention, attention_from_state, attention_state, depthwise_conv, linear_attention
 
 if TYPE_CHECKING:
     from ._decompositions import decompositions as decompositions
@@ -45,7 +46,9 @@ __all__ = [
     "FocusedLinearAttention",
     "__version__",
     "attention",
+    "attention_from_state",
     "attention_map",
+    "attention_state",
     "decompositions",
     "depthwise_conv",
     "linear_attention",

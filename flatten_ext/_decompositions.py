@@ -24,12 +24,14 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
         openvino.convert_model(program)
 
     Returns:
-        From `torch.ops.flatten`'s attention, linear_attention and depthwise_conv to their formulas in plain
-        torch (`flatten_ext.reference`). ONNX has a table of its own, with fewer nodes: `flatten_ext.onnx`.
+        From `torch.ops.flatten`'s operators to their formulas in plain torch (`flatten_ext.reference`). ONNX
+        has a table of its own, with fewer nodes: `flatten_ext.onnx`.
     """
     ops = torch.ops.flatten
     return {
         ops.attention.default: reference.attention,
         ops.linear_attention.default: reference.linear_attention,
         ops.depthwise_conv.default: reference.depthwise_conv,
+        ops.attention_state.default: reference.attention_state,
+        ops.attention_from_state.default: reference.attention_from_state,
     }

@@ -17,7 +17,7 @@ from torch.fx import Proxy
 from ._grids import KeepsGrid
 from ._layers import is_plain_conv
 from .ops import attention, depthwise_conv
-from .reference import from_windows, to_windows
+from .reference import FEATURE_MAPS, NORMALIZERS, choose, from_windows, to_windows
 
 Size = Sequence[int]  # height, width
 
@@ -42,6 +42,7 @@ class LearnedKeys(KeepsGrid, nn.Module):
         kernel_size: size of the depthwise kernel that the heads share: an odd number, or an odd
             (height, width); None for none.
         lepe: adds CSWin's locally enhanced positional encoding, a 3x3 depthwise kernel for each channel.
+        has_scale: whether there is a parameter `scale`; else it is None.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
@@ -60,6 +61,7 @@ class LearnedKeys(KeepsGrid, nn.Module):
         num_prefix_tokens: int = 0,
         kernel_size: int | Size | None = 5,
         lepe: bool = False,
+        has_scale: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -74,7 +76,7 @@ class LearnedKeys(KeepsGrid, nn.Module):
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
         self.num_prefix_tokens = num_prefix_tokens
         self.grid: Any = None if grid is None else (grid[0], grid[1])
-        self.scale = nn.Parameter(torch.empty(1, 1, dim, **dd))
+        self.scale: Any = nn.Parameter(torch.empty(1, 1, dim, **dd)) if has_scale else None
         self.positional_encoding: Any = None
         if self.grid is not None:
             tokens = num_prefix_tokens + self.grid[0] * self.grid[1]
@@ -86,7 +88,8 @@ class LearnedKeys(KeepsGrid, nn.Module):
 
     def reset_parameters(self) -> None:
         """The published initialisation of the parameters that lie in no layer: zero."""
-        nn.init.zeros_(self.scale)
+        if self.scale is not None:
+            nn.init.zeros_(self.scale)
         if self.positional_encoding is not None:
             nn.init.zeros_(self.positional_encoding)
 
@@ -117,12 +120,31 @@ class FocusedAttention(LearnedKeys):
     Args:
         focusing_factor: p of phi_p, at least 1.
         eps: added to the features and to the normaliser.
+        feature_map, normalizer, similarity_scale: as of `flatten_ext.attention`. `scale` is a parameter of
+            the feature map "focused" alone; another has None there, and takes the default focusing_factor.
         arguments: of `LearnedKeys`.
     """
 
-    def __init__(self, *args: Any, focusing_factor: float = 3.0, eps: float = 1e-6, **arguments: Any):
-        super().__init__(*args, **arguments)
+    def __init__(
+        self,
+        *args: Any,
+        focusing_factor: float = 3.0,
+        eps: float = 1e-6,
+        feature_map: str = "focused",
+        normalizer: str = "divide",
+        similarity_scale: float = 1.0,
+        **arguments: Any,
+    ):
+        choose("feature_map", feature_map, FEATURE_MAPS)
+        choose("normalizer", normalizer, NORMALIZERS)
+        if feature_map != "focused" and focusing_factor != 3:
+            raise ValueError(
+                f"focusing_factor is {focusing_factor}, expected its default 3: feature_map {feature_map!r} "
+                "does not read it"
+            )
+        super().__init__(*args, has_scale=feature_map == "focused", **arguments)
         self.focusing_factor, self.eps = float(focusing_factor), eps
+        self.feature_map, self.normalizer, self.similarity_scale = feature_map, normalizer, similarity_scale
 
     def attend(
         self,
@@ -133,6 +155,7 @@ class FocusedAttention(LearnedKeys):
         window: Size | None = None,
         shift: Size | None = None,
         key_size: Size | None = None,
+        **general: Any,
     ) -> Tensor:
         """(B, N, C) queries, (B, M, C) keys and values -> (B, N, C).
 
@@ -142,15 +165,11 @@ class FocusedAttention(LearnedKeys):
             shift: cyclic shift of the windows.
             key_size: the map the keys tile, where it is not `size`. The depthwise branch then convolves v
                 resampled linearly along the flattened tokens, as PVT's public code does.
+            general: rotary, key_weight, gate and gate_activation of `flatten_ext.attention`.
         """
         key_grid = key_size if key_size is not None else window if window is not None else size
         encoding = self.encoding(key_grid)
-        focus: dict[str, Any] = {
-            "scale": F.softplus(self.scale).flatten(),
-            "key_bias": None if encoding is None else encoding[0],
-            "focusing_factor": self.focusing_factor,
-            "eps": self.eps,
-        }
+        focus = self.form() | {"key_bias": None if encoding is None else encoding[0]} | general
         weight, bias, called = self._depthwise_branch(None if isinstance(v, Proxy) else v.device)
         if key_size is None:
             focus |= {"size": (size[0], size[1]), "window": window, "shift": shift}
@@ -163,6 +182,19 @@ class FocusedAttention(LearnedKeys):
         for layer, channels in called:
             out = out + _call(layer, channels, v, size, window, shift).to(out.dtype)
         return out
+
+    def form(self) -> dict[str, Any]:
+        """What the operator is told beside tokens, map and taps; nothing that is its default."""
+        form: dict[str, Any] = {"focusing_factor": self.focusing_factor, "eps": self.eps}
+        if self.scale is not None:
+            form["scale"] = F.softplus(self.scale).flatten()
+        else:
+            form["feature_map"] = self.feature_map
+        if self.normalizer != "divide":
+            form["normalizer"] = self.normalizer
+        if self.similarity_scale != 1:
+            form["similarity_scale"] = self.similarity_scale
+        return form
 
     def _depthwise_branch(self, device: torch.device | None) -> tuple[Any, Any, list[tuple[nn.Module, int]]]:
         """Weight and bias of the depthwise kernel that the operator is given, and the layers that are called

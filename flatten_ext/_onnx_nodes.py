@@ -31,11 +31,6 @@ _LEAST = {
     ir.DataType.DOUBLE: torch.finfo(torch.float64).tiny,
 }
 _TO_THE_END = torch.iinfo(torch.int64).max
-_LEAST = {
-    ir.DataType.FLOAT: torch.finfo(torch.float32).tiny,
-    ir.DataType.DOUBLE: torch.finfo(torch.float64).tiny,
-}
-_TO_THE_END = torch.iinfo(torch.int64).max
 
 
 def table() -> dict[Any, Callable]:
@@ -50,9 +45,10 @@ def table() -> dict[Any, Callable]:
 
 def attention(
     q, k, v, num_heads, scale=None, key_bias=None, dwc_weight=None, dwc_bias=None,
-    size=None, window=None, shift=None, focusing_factor=3.0, eps=1e-6,
+    size=None, window=None, shift=None, focusing_factor=3.0, eps=1e-6, **general,
 ):  # fmt: skip
     """torch.ops.flatten.attention."""
+    _refuse_general(general, q, v, dwc_weight)
     call = _Call(q, size, window, shift)
     q, k, v = (call.fold(x) for x in (q, k, v))
     if key_bias is not None:
@@ -63,9 +59,11 @@ def attention(
 
 
 def linear_attention(
-    q, k, v, num_heads, dwc_weight=None, dwc_bias=None, size=None, window=None, shift=None, eps=1e-6
-):
+    q, k, v, num_heads, dwc_weight=None, dwc_bias=None, size=None, window=None, shift=None, eps=1e-6,
+    **general,
+):  # fmt: skip
     """torch.ops.flatten.linear_attention."""
+    _refuse_general(general, q, v, dwc_weight)
     call = _Call(q, size, window, shift)
     q, k, v = (call.fold(x) for x in (q, k, v))
     return call.unfold(_attend_and_convolve(q, k, v, num_heads, dwc_weight, dwc_bias, eps, call))
@@ -73,8 +71,20 @@ def linear_attention(
 
 def depthwise_conv(x, weight, bias, size, window=None, shift=None):
     """torch.ops.flatten.depthwise_conv."""
+    _refuse_general({}, x, x, weight)
     call = _Call(x, size, window, shift)
     return call.unfold(_convolve(call.fold(x), weight, bias, call))
+
+
+def _refuse_general(general: dict[str, Any], q: Value, v: Value, weight: Value | None) -> None:
+    """The general form has no nodes of its own: `flatten_ext.onnx.export` writes it as its formula."""
+    of_images = weight is not None and len(weight.shape) == 5
+    if general or of_images or q.shape[-1] != v.shape[-1]:
+        what = ", ".join(general) or ("taps of each image's own" if of_images else "v with other channels")
+        raise NotImplementedError(
+            f"flatten_ext.onnx: {what} has no nodes here: call run_decompositions("
+            "flatten_ext.decompositions()) of the exported program first, as flatten_ext.onnx.export does"
+        )
 
 
 class _Call:

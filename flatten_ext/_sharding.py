@@ -4,9 +4,9 @@ Decided for each dimension of the device mesh, by how q, k and v lie on it:
 
 batch     one of them is sharded by image: all are, and nothing is exchanged. Parameters are whole; their
           gradients are each process's part of a sum (Partial).
-heads     one of them is sharded by channel, num_heads is a multiple of the processes, and the operator is
-          linear_attention or depthwise_conv, whose heads or channels are independent: nothing is exchanged.
-          (attention norms a token over all of its channels.)
+heads     one of them is sharded by channel, num_heads is a multiple of the processes, and heads or channels
+          are independent, as all are but those of the feature map "focused", which norms a token over all of
+          its channels: nothing is exchanged.
 whole     else, tokens sharded included: tensors are gathered, and every process computes the same.
 
 These are rules for tensor subclasses (torch.library.register_torch_dispatch) and not sharding strategies
@@ -70,22 +70,29 @@ class _Finder(importlib.abc.MetaPathFinder):
 class _Rule:
     """How one operator is sharded; its arguments are named as in its schema."""
 
-    tokens: tuple[str, ...]  # (B, N, C): these lie as the plan says
-    parameters: tuple[str, ...] = ()
-    by_heads: bool = False  # whether the plan `heads` is right for it
-    heads_by_factor: bool = False  # attention_*: only where there is no focusing_factor
+    tokens: tuple[str, ...]  # (B, N, C): the plan is made for these
+    others: tuple[str, ...] = ()  # further tensors, in the order of the schema
 
 
 _QKV = ("q", "k", "v")
 _TAPS = ("dwc_weight", "dwc_bias")
-_FOCUS = ("scale", "key_bias", *_TAPS)
+_GENERAL = ("rotary", "key_weight", "gate", "normalizer_q", "normalizer_k")
+_OF_IMAGES = ("state", "key_weight", "gate", "normalizer_q", "normalizer_k")
+_ATTENTION = _Rule(_QKV, ("scale", "key_bias", *_TAPS, *_GENERAL))
+_CONV = _Rule(("x",), ("weight", "bias"))
+_STATE = _Rule(("k", "v"), ("scale", "key_bias", "rotary", "key_weight", "normalizer_k"))
+_FROM_STATE = _Rule(("q",), ("state", "scale", "rotary", "normalizer_q", "gate"))
 _RULES = {
-    "attention": _Rule(_QKV, _FOCUS),
-    "linear_attention": _Rule(_QKV, _TAPS, by_heads=True),
-    "attention_forward": _Rule(_QKV, _FOCUS, heads_by_factor=True),
-    "attention_backward": _Rule(_QKV, _FOCUS, heads_by_factor=True),
-    "depthwise_conv": _Rule(("x",), ("weight", "bias"), by_heads=True),
-    "depthwise_conv_backward": _Rule(("x",), ("weight", "bias"), by_heads=True),
+    "attention": _ATTENTION,
+    "linear_attention": _Rule(_QKV, (*_TAPS, *_GENERAL)),
+    "attention_forward": _ATTENTION,
+    "attention_backward": _ATTENTION,
+    "depthwise_conv": _CONV,
+    "depthwise_conv_backward": _CONV,
+    "attention_state": _STATE,
+    "attention_state_backward": _STATE,
+    "attention_from_state": _FROM_STATE,
+    "attention_from_state_backward": _FROM_STATE,
 }
 
 
@@ -148,7 +155,7 @@ class _Sharded:
 
         local = dict(call)
         for name, value in call.items():
-            if name == "state":
+            if name == "state" and "state" not in self.rule.others:  # a saved one
                 local[name] = value.to_local()
             elif isinstance(value, Tensor):
                 placements = self._placements([self._lie(name, value, plan, call) for plan in plans])
@@ -159,42 +166,76 @@ class _Sharded:
             # The states of a process's own images, where all processes have as many.
             even = first.shape[0] % by_images == 0
             local["saved_windows"] = local["saved_windows"] // by_images if even else 0
-        result = self.op(*(local[argument.name] for argument in self.schema))
+        by_keyword = {argument.name for argument in self.schema if argument.kwarg_only}
+        result = self.op(
+            *(local[argument.name] for argument in self.schema if not argument.kwarg_only),
+            **{name: local[name] for name in by_keyword},
+        )
 
         if "output_mask" in call:
-            names = (*self.rule.tokens, *self.rule.parameters)
-            wanted = [name for name, asked in zip(names, call["output_mask"], strict=True) if asked]
+            names = self._in_order()
+            wanted = [name for name, asked in zip(names, call["output_mask"], strict=False) if asked]
             return [
                 wrapped(value, call[name].shape, [self._gradient_lie(name, plan, call) for plan in plans])
                 for name, value in zip(wanted, result, strict=True)
             ]
+        if self.rule is _STATE:
+            shape = (first.shape[0], call["num_heads"], *result.shape[2:])
+            of_heads: dict[str, _Lie] = {"whole": _WHOLE, "batch": 0, "heads": 1}
+            return wrapped(result, shape, [of_heads[plan] for plan in plans])
         out_lies = [self._lie("", first, plan, call) for plan in plans]
+        out_shape = (*first.shape[:2], self._value_channels(call))
         if isinstance(result, Tensor):
-            return wrapped(result, first.shape, out_lies)
+            return wrapped(result, out_shape, out_lies)
         out, state = result
         state_lies: list[_Lie] = [_WHOLE if plan == "whole" else 0 for plan in plans]
         state_shape = (state.numel() * by_heads * by_images,)
-        return wrapped(out, first.shape, out_lies), wrapped(state, state_shape, state_lies)
+        return wrapped(out, out_shape, out_lies), wrapped(state, state_shape, state_lies)
+
+    def _in_order(self) -> list[str]:
+        """The tensors that have gradients, as output_mask has them."""
+        known = (*self.rule.tokens, *self.rule.others)
+        return [argument.name for argument in self.schema if argument.name in known]
+
+    def _value_channels(self, call: dict[str, Any]) -> int:
+        if "x" in call:
+            return call["x"].shape[2]
+        return call["v"].shape[2] if "v" in call else call["num_heads"] * (call["state"].shape[3] - 1)
 
     def _lie(self, name: str, value: Tensor, plan: str, call: dict[str, Any]) -> _Lie:
         """How an argument lies under a plan."""
         if plan == "whole":
             return _WHOLE
-        if name in self.rule.parameters:
-            channels = call[self.rule.tokens[0]].shape[2]
-            each_channels_own = name not in ("scale", "key_bias") and value.shape[0] == channels
-            return 0 if plan == "heads" and each_channels_own else _WHOLE
-        return 0 if plan == "batch" else 2
+        images = value.ndim == 5 or name not in self.rule.others or name in _OF_IMAGES
+        if plan == "batch":
+            return 0 if images else _WHOLE
+        if name == "state" or value.ndim == 5:
+            return 1
+        if name == "key_bias":
+            return 1
+        if name == "rotary":
+            return 1 if value.shape[1] == call[self.rule.tokens[0]].shape[2] // 2 else _WHOLE
+        if name == "key_weight":
+            return 2 if value.ndim == 3 else _WHOLE
+        if images:
+            return 2
+        return 0 if value.shape[0] == self._value_channels(call) else _WHOLE  # taps
 
     def _gradient_lie(self, name: str, plan: str, call: dict[str, Any]) -> _Lie:
         """How its gradient does: what all processes have whole gets a part of its gradient from each."""
         lie = self._lie(name, call[name], plan, call)
         return _SUMMAND if lie == _WHOLE and plan != "whole" else lie
 
+    def _heads_are_independent(self, call: dict[str, Any]) -> bool:
+        """Whether no token is normed over all of its channels."""
+        if "focusing_factor" not in call or call["focusing_factor"] is None:
+            return True
+        return call["feature_map"] not in ("focused", None)
+
     def _plans(self, call: dict[str, Any], mesh: Any) -> list[str]:
         """ "batch", "heads" or "whole" for each dimension of the mesh."""
         tokens = [call[name] for name in self.rule.tokens]
-        by_heads = self.rule.by_heads or (self.rule.heads_by_factor and call["focusing_factor"] is None)
+        by_heads = self._heads_are_independent(call)
         # Channels of a depthwise convolution go by whole kernels, as heads do.
         units = call["num_heads"] if "num_heads" in call else tokens[0].shape[2] // call["weight"].shape[0]
         if "num_heads" not in call and units == 1:

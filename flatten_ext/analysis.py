@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import reference
 from ._focused import FocusedAttention
-from .reference import focus
 
 __all__ = [
     "AttentionMap",
@@ -28,9 +28,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class AttentionMap:
-    """Equivalent attention matrices, (B, heads, N, M) float64: out = (map + depthwise) @ v up to the bias."""
+    """Equivalent attention matrices, (B, heads, N, M) float64: (map + depthwise) @ v, then bias and gate.
 
-    attention: Tensor  # rows of non-negative weights; their sum falls short of 1 by eps alone
+    With features of one sign and the normalizer "divide", rows of `attention` are non-negative weights whose
+    sum falls short of 1 by eps alone; rotated or signed features give weights of both signs.
+    """
+
+    attention: Tensor
     with_dwc: Tensor | None  # the same plus the band of the depthwise branch; None without one
 
     def rank(self, with_dwc: bool = False) -> Tensor:
@@ -59,31 +63,63 @@ def attention_map(
     size: Sequence[int] | None = None,
     focusing_factor: float = 3.0,
     eps: float = 1e-6,
+    *,
+    feature_map: str = "focused",
+    rotary: Tensor | None = None,
+    key_weight: Tensor | None = None,
+    normalizer: str = "divide",
+    similarity_scale: float = 1.0,
+    normalizer_q: Tensor | None = None,
+    normalizer_k: Tensor | None = None,
+    value_dim: int | None = None,
 ) -> AttentionMap:
     """The N x M matrix that `flatten_ext.attention` multiplies v by, computed in float64.
 
-    Arguments as of `flatten_ext.attention`, whole map (no window). The depthwise branch is one matrix for
-    each channel; `with_dwc` adds their mean over the channels of a head. Memory is B * heads * N * M numbers:
-    meant for maps of some thousand tokens.
+    Arguments as of `flatten_ext.attention`, whole map (no window), and of `flatten_ext.linear_attention` with
+    the feature map "none"; `value_dim` is D_v where it is not D_k. A gate is no part of the matrix: it
+    multiplies what comes out. The depthwise branch is one matrix for each channel; `with_dwc` adds their
+    mean over the channels of a head. Memory is B * heads * N * M numbers: meant for maps of some thousand
+    tokens.
 
     Raises:
-        ValueError: `dwc_weight` without `size`.
+        ValueError: `dwc_weight` without `size`; of the others, what `flatten_ext.attention` refuses.
     """
-    q, k = q.detach().double(), k.detach().double()
-    scale = None if scale is None else scale.detach().double()
+
+    def double(x: Tensor | None) -> Any:
+        return None if x is None else x.detach().double()
+
+    q, k, key_bias, scale = double(q), double(k), double(key_bias), double(scale)
     if key_bias is not None:
-        k = k + key_bias.detach().double()
-    q, k = (
-        focus(x, scale, focusing_factor, eps).unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k)
+        k = k + key_bias
+    q, k = (reference.features(x, feature_map, scale, focusing_factor, eps) for x in (q, k))
+    (qn, qd), (kn, kd) = (
+        reference.by_head(x, double(given), double(rotary), num_heads)
+        for x, given in ((q, normalizer_q), (k, normalizer_k))
     )
-    weights = q @ k.transpose(-2, -1)
-    attention = weights / (weights.sum(-1, keepdim=True) + eps * k.shape[-2])
+    weight: Any = q.new_ones(1, k.shape[1], 1) if key_weight is None else reference.weights(key_weight, q)
+    weight = weight.transpose(-2, -1).unsqueeze(-2)  # (B, heads, 1, M), or 1 for what is the same for all
+    total = weight.sum(-1, keepdim=True)
+    share = weight / torch.where(total == 0, 1.0, total)
+    # A key of weight 0 is not there, even if it is NaN.
+    y, z = (
+        torch.where(share == 0, 0.0, similarity_scale * (queries @ keys.mT) * share)
+        for queries, keys in ((qn, kn), (qd, kd))
+    )
+    z = z.sum(-1, keepdim=True)
+    attention = reference.choose("normalizer", normalizer, reference.NORMALIZERS)(
+        y, torch.where(total == 0, 1.0, z), share, eps
+    )
+    attention = torch.where(total == 0, 0.0, attention)
     if dwc_weight is None:
         return AttentionMap(attention, None)
     if size is None:
         raise ValueError("dwc_weight needs size")
-    kernels = dwc_weight.detach().double().reshape(-1, q.shape[-1], *dwc_weight.shape[2:]).mean(1)
+    taps = double(dwc_weight)
+    value_dim = q.shape[-1] // num_heads if value_dim is None else value_dim
+    kernels = taps.reshape(-1, value_dim, *taps.shape[-2:]).mean(1)
     band = torch.stack([depthwise_matrix(kernel, size) for kernel in kernels])
+    if taps.dim() == 5:  # each image's own
+        band = band.unflatten(0, (-1, num_heads))
     prefix = k.shape[-2] - band.shape[-1]
     return AttentionMap(attention, attention + F.pad(band, (prefix, 0, prefix, 0)))
 
@@ -155,15 +191,16 @@ def record_attention(model: nn.Module) -> Any:
             weight, _, called = module._depthwise_branch(v.device)
             if window is None and q.shape == k.shape and not called:
                 encoding = module.encoding(size)
+                of_map = {n: x for n, x in kwargs.items() if n in ("rotary", "key_weight")}
                 recorded[name] = {
                     "q": q.detach(),
                     "k": k.detach(),
                     "num_heads": module.num_heads,
-                    "scale": F.softplus(module.scale).flatten(),
+                    **module.form(),
                     "key_bias": None if encoding is None else encoding[0],
                     "dwc_weight": weight,
                     "size": tuple(size),
-                    "focusing_factor": module.focusing_factor,
+                    **of_map,
                 }
             return type(module).attend(module, q, k, v, size, window, *args, **kwargs)
 

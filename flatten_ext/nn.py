@@ -7,10 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ._focused import FocusedAttention, Size, resize_positional_encoding
+from .ops import attention
+from .reference import ACTIVATIONS, choose
+from .rotary import kept_table
+
+torch.fx.wrap("kept_table")  # it looks into sizes
 
 __all__ = ["FocusedLinearAttention", "resize_positional_encoding"]
 
@@ -37,6 +43,13 @@ class FocusedLinearAttention(FocusedAttention):
             size that comes; with `window`, that of the window; None for none.
         proj_drop: probability of dropout after the output projection.
         eps: added to the features and to the normaliser.
+        feature_map, normalizer, similarity_scale: as of `flatten_ext.attention`. Only "focused" has the
+            parameter `scale` and reads `focusing_factor`.
+        rotary: rotates queries and keys by their places on the map, or in the window, in the attention's
+            numerator: "heads" by the same angles in every head (RALA's table), "channels" by angles of their
+            own (MLLA's); True is "heads". See `flatten_ext.rotary_table`; prefix tokens are not rotated.
+        gate: multiplies what is attended to by a projection of the tokens, the layer `gate`: "none" as it is
+            (True is the same), "silu" or "sigmoid" through that function; None or False for no gate.
         device, dtype: of the parameters, as of torch's layers.
 
     Raises:
@@ -66,6 +79,12 @@ class FocusedLinearAttention(FocusedAttention):
         eps: float = 1e-6,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        feature_map: str = "focused",
+        rotary: bool | str | None = None,
+        gate: bool | str | None = None,
+        normalizer: str = "divide",
+        similarity_scale: float = 1.0,
     ):
         window, shift = _pair("window", window, 1), _pair("shift", shift, 0)
         positional_encoding = _pair("positional_encoding", positional_encoding, 1)
@@ -87,8 +106,14 @@ class FocusedLinearAttention(FocusedAttention):
             focusing_factor=focusing_factor,
             kernel_size=kernel_size,
             eps=eps,
+            feature_map=feature_map,
+            normalizer=normalizer,
+            similarity_scale=similarity_scale,
             **factory,
         )
+        self.rotary = _rotary(rotary, dim, num_heads)
+        self.gate_activation = _activation(gate)
+        self.gate: Any = None if self.gate_activation is None else nn.Linear(dim, dim, **factory)
         self.window, self.shift = window, shift
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
         self.proj = nn.Linear(dim, dim, **factory)
@@ -97,26 +122,85 @@ class FocusedLinearAttention(FocusedAttention):
 
     def reset_parameters(self) -> None:
         """The published initialisation: torch's for the layers, zero for scale and positional encoding."""
-        for layer in (self.qkv, self.dwc, self.proj):
+        for layer in (self.qkv, self.dwc, self.gate, self.proj):
             if layer is not None:
                 layer.reset_parameters()
         super().reset_parameters()
 
-    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        size: Sequence[int] | None = None,
+        key_padding_mask: Tensor | None = None,
+        context: Tensor | None = None,
+    ) -> Tensor:
         """(B, num_prefix_tokens + H*W, C) -> the same.
 
         Args:
             size: (H, W) of the map; may be left out for a square one.
+            key_padding_mask: (B, M) bool as torch.nn.MultiheadAttention takes it: **True where a token is
+                padding**, which nothing attends to and no tap sees, as if the map ended there. (The opposite
+                of scaled_dot_product_attention's mask and of the operator's `key_weight`.) M = N, or the
+                tokens of `context`. What comes out at padding itself means nothing.
+            context: (B, M, C) tokens to attend to in place of `x` (cross-attention). Both may be of any
+                number, and `size` is not read. A module without convolution, window, rotation and positional
+                encoding can take it, as these are about one map.
 
         Raises:
-            ValueError: `x` is not (B, N, dim), or its tokens tile no square map and `size` was left out.
+            ValueError: `x` is not (B, N, dim), or its tokens tile no square map and `size` was left out;
+                `key_padding_mask` or `context` are not as above.
             RuntimeError: of the operator: `size` does not fit the tokens, or `window` the size.
         """
         if not isinstance(x, Proxy) and (x.ndim != 3 or x.shape[2] != self.dim):
             raise ValueError(f"x is {tuple(x.shape)}, expected (batch, tokens, {self.dim})")
-        size = _map(x.shape[1], size, self.num_prefix_tokens)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.dim)).unbind(-2)
-        return self.proj_drop(self.proj(self.attend(q, k, v, size, self.window, self.shift)))
+        if isinstance(context, Proxy):
+            _refuse_context(context)
+            context = None
+        general: dict[str, Any] = {}
+        if self.gate is not None:
+            general = {"gate": self.gate(x), "gate_activation": self.gate_activation}
+        if context is None:
+            size = _map(x.shape[1], size, self.num_prefix_tokens)
+            q, k, v = self.qkv(x).unflatten(-1, (3, self.dim)).unbind(-2)
+            if self.rotary is not None:
+                general["rotary"] = self.rotary_table(size, x)
+        else:
+            q, k, v = self._cross(x, context)
+        if key_padding_mask is not None:
+            v, general["key_weight"] = _without_padding(v, key_padding_mask)
+        if context is None:
+            out = self.attend(q, k, v, size, self.window, self.shift, **general)  # type: ignore[arg-type]
+        else:
+            out = attention(q, k, v, self.num_heads, **self.form(), **general)
+        return self.proj_drop(self.proj(out))
+
+    def rotary_table(self, size: Sequence[int], like: Tensor) -> Tensor:
+        """The table that `rotary` rotates by on a map of `size`, on the device of `like`."""
+        heads = self.num_heads if self.rotary == "heads" else None
+        size = size if self.window is None else self.window
+        return kept_table(like, size, self.dim, heads, self.num_prefix_tokens)
+
+    def _cross(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of x, keys and values of the context."""
+        bound = {
+            "kernel_size": self.dwc, "window": self.window, "rotary": self.rotary,
+            "positional_encoding": self.positional_encoding,
+        }  # fmt: skip
+        for name, value in bound.items():
+            if value is not None:
+                raise ValueError(f"context was given to a module with {name}, expected a module without it")
+        if context.ndim != 3 or context.shape[0] != x.shape[0] or context.shape[2] != self.dim:
+            raise ValueError(
+                f"context is {tuple(context.shape)}, expected ({x.shape[0]}, tokens, {self.dim})"
+            )
+        if type(self.qkv) is not nn.Linear:
+            both = self.qkv(torch.cat((x, context), 1)).unflatten(-1, (3, self.dim))
+            return both[:, : x.shape[1], 0], both[:, x.shape[1] :, 1], both[:, x.shape[1] :, 2]
+        weight, bias = self.qkv.weight, self.qkv.bias
+        q = F.linear(x, weight[: self.dim], None if bias is None else bias[: self.dim])
+        both = F.linear(context, weight[self.dim :], None if bias is None else bias[self.dim :])
+        k, v = both.chunk(2, -1)
+        return q, k, v
 
     @property
     def positional_encoding_size(self) -> tuple[int, int] | None:
@@ -125,10 +209,56 @@ class FocusedLinearAttention(FocusedAttention):
 
     def extra_repr(self) -> str:
         text = f"dim={self.dim}, num_heads={self.num_heads}, focusing_factor={self.focusing_factor:g}"
-        for name in ("window", "shift", "num_prefix_tokens", "positional_encoding_size"):
+        for name in ("window", "shift", "num_prefix_tokens", "positional_encoding_size", "rotary"):
             value = getattr(self, name)
             text += f", {name}={value}" if value else ""
+        for name, default in (("feature_map", "focused"), ("normalizer", "divide"), ("similarity_scale", 1)):
+            value = getattr(self, name)
+            text += f", {name}={value}" if value != default else ""
+        if self.gate_activation is not None:
+            text += f", gate={self.gate_activation}"
         return text
+
+
+def _rotary(rotary: Any, dim: int, num_heads: int) -> str | None:
+    kind = {True: "heads", False: None}.get(rotary, rotary) if isinstance(rotary, bool) else rotary
+    if kind not in (None, "heads", "channels"):
+        raise ValueError(f"rotary is {rotary!r}, expected None, 'heads' or 'channels'")
+    width = dim // num_heads if kind == "heads" else dim
+    if kind is not None and (width % 4 or (dim // num_heads) % 2):
+        raise ValueError(
+            f"rotary is {kind!r} with {width} channels to rotate, expected a multiple of 4 (a half turns "
+            "with the row, a half with the column), and an even number in each head"
+        )
+    return kind
+
+
+def _activation(gate: Any) -> str | None:
+    if isinstance(gate, bool):
+        return "none" if gate else None
+    if gate is not None:
+        choose("gate", gate, ACTIVATIONS)
+    return gate
+
+
+@torch.fx.wrap
+def _refuse_context(context: Tensor | None) -> None:
+    if context is not None:
+        raise ValueError("context was given to a module that torch.fx traced without it")
+
+
+@torch.fx.wrap
+def _without_padding(v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Values that are 0 where tokens are padding, for the taps, and the keys' weights."""
+    if mask is None:
+        return v, None
+    if mask.dtype != torch.bool or mask.shape != v.shape[:2]:
+        raise ValueError(
+            f"key_padding_mask is {str(mask.dtype).removeprefix('torch.')} {tuple(mask.shape)}, expected "
+            f"bool {tuple(v.shape[:2])}, True where a token is padding"
+        )
+    weight = (~mask).to(torch.float64 if v.dtype == torch.float64 else torch.float32)
+    return v.masked_fill(mask[..., None], 0), weight
 
 
 @torch.fx.wrap

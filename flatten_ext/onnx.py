@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._decompositions import decompositions
 from .extras import require
 from .output import replacing
 
@@ -112,6 +113,8 @@ def export(
     with replacing(Path(path)) as temporary, torch.no_grad():
         # torch.export itself, not torch.onnx.export's several tries, so that an error is the model's own.
         program = torch.export.export(model, example, dynamic_shapes=shapes, strict=False)
+        if any(map(_is_general, program.graph.nodes)):  # that form has no nodes of its own, but its formula
+            program = program.run_decompositions(decompositions())
         result = torch.onnx.export(
             program,
             dynamo=True,
@@ -122,6 +125,18 @@ def export(
         assert result is not None  # None is what the old exporter returns
         result.save(temporary, external_data=False)
     return result
+
+
+def _is_general(node: torch.fx.Node) -> bool:
+    """Whether a call has what the table of nodes does not: arguments by keyword, states, values of other
+    channels, taps of each image's own."""
+    if node.op != "call_function" or node.target not in decompositions():
+        return False
+    if "state" in node.target.name() or node.kwargs:
+        return True
+    shapes = [a.meta["val"].shape for a in node.args if isinstance(a, torch.fx.Node) and "val" in a.meta]
+    tokens = {shape[2] for shape in shapes if len(shape) == 3}
+    return len(tokens) > 1 or any(len(shape) == 5 for shape in shapes)
 
 
 def _dynamic_shapes(dynamic: Dynamic, example: tuple[Any, ...], model: nn.Module) -> Any:

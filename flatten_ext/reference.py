@@ -1,4 +1,4 @@
-"""The operators in plain torch: the oracle of the tests, and what runs on a device without kernels.
+"""The operators in plain torch: the oracle of the tests, and what runs where there are no kernels for a call.
 
 Every function follows its formula term by term, works on any device and dtype, and differentiates any number
 of times in any mode. It is written to be read; it allocates freely. The formula is that of focused linear
@@ -11,13 +11,14 @@ attentions that followed it. Per window and head, with key weights w (1 by defau
     out = act(gate) * (normalized + dwc(v))
 
 Qn and Kn are the features, rotated where a table of angles is given; Qd and Kd are the features as they are.
-The arguments after the `*` are not the operators' yet: they have no kernels, and run here alone.
+The arguments are the operators', which flatten_ext.ops describes. What is refused here are combinations
+without a meaning; the operators check shapes and dtypes too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +93,8 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int
     """Zero-padded depthwise convolution of (B, maps, h*w, C) tokens on maps of h x w."""
     padding = (weight.shape[-2] // 2, weight.shape[-1] // 2)
     if weight.dim() == 5:  # taps of each image's own: the images join the channels
+        if weight.shape[0] == 0:
+            return x + weight.sum()
         maps = x.permute(1, 0, 3, 2).flatten(1, 2).unflatten(2, (size[0], size[1]))
         taps = weight.flatten(0, 1).to(x.dtype)
         out = F.conv2d(maps, taps, None, padding=padding, groups=taps.shape[0]).flatten(2)
@@ -139,10 +142,8 @@ def elu_plus_one(x: Tensor) -> Tensor:
     return torch.where(negative, torch.where(negative, x, 0.0).exp(), x + 1)
 
 
-def _features(
-    x: Tensor, feature_map: str, scale: Tensor | None, focusing_factor: float, eps: float
-) -> Tensor:
-    mapped = _choose("feature_map", feature_map, _MAPS)
+def features(x: Tensor, feature_map: str, scale: Tensor | None, focusing_factor: float, eps: float) -> Tensor:
+    mapped = choose("feature_map", feature_map, FEATURE_MAPS)
     if mapped is focus:
         return focus(x, scale, focusing_factor, eps)
     if scale is not None or focusing_factor != 3:
@@ -151,7 +152,7 @@ def _features(
     return mapped(x)
 
 
-def _weights(key_weight: Tensor | None, like: Tensor) -> Tensor | None:
+def weights(key_weight: Tensor | None, like: Tensor) -> Tensor | None:
     """(B, M) or (B, M, heads) -> (B, M, 1 or heads), in the dtype of the sums."""
     if key_weight is None:
         return None
@@ -189,7 +190,7 @@ def _heads(x: Tensor, num_heads: int) -> Tensor:
     return x.unflatten(-1, (num_heads, -1)).transpose(-2, -3)
 
 
-def _by_head(x: Tensor, given: Tensor | None, table: Tensor | None, num_heads: int) -> tuple[Tensor, Tensor]:
+def by_head(x: Tensor, given: Tensor | None, table: Tensor | None, num_heads: int) -> tuple[Tensor, Tensor]:
     """The features of S, rotated, and those of the normalizer: the given ones, or x."""
     xn = _heads(rotate(x, table, num_heads), num_heads)
     if given is None and table is None:
@@ -220,31 +221,31 @@ def _attend(qn: Tensor, qd: Tensor, means: _Means, normalizer: str, scale: float
         y, z = scale * y, scale * z
     if empty is not None:
         z = z + empty  # 1 for 0, so that nothing is divided by 0
-    out = _choose("normalizer", normalizer, _NORMALIZERS)(y, z, y if u is None else u, eps)
+    out = choose("normalizer", normalizer, NORMALIZERS)(y, z, y if u is None else u, eps)
     if empty is not None:
         out = torch.where(empty, 0.0, out)
     return out.transpose(-2, -3).flatten(-2)
 
 
 def _gated(out: Tensor, gate: Tensor | None, gate_activation: str) -> Tensor:
-    activation = _choose("gate_activation", gate_activation, _ACTIVATIONS)
+    activation = choose("gate_activation", gate_activation, ACTIVATIONS)
     if gate is None and gate_activation != "none":
         raise ValueError(f"gate_activation is {gate_activation!r}, but there is no gate")
     return out if gate is None else activation(_widen(gate)) * out
 
 
-_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "focused": focus,
     "elu": elu_plus_one,
     "relu": torch.relu,
     "none": lambda x: x,
 }
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda gate: gate,
     "silu": F.silu,
     "sigmoid": torch.sigmoid,
 }
-_NORMALIZERS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
+NORMALIZERS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
     "divide": lambda y, z, u, eps: y / (z + eps),
     "none": lambda y, z, u, eps: y,
     "subtract": lambda y, z, u, eps: y + (1 - z) * u,
@@ -253,7 +254,7 @@ _NORMALIZERS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
 _READ_U = ("subtract", "magnitude")
 
 
-def _choose(argument: str, name: str, choices: Mapping[str, _T]) -> _T:
+def choose(argument: str, name: str, choices: Mapping[str, _T]) -> _T:
     if name not in choices:
         raise ValueError(f"{argument} must be one of {', '.join(map(repr, choices))}, but it is {name!r}")
     return choices[name]
@@ -280,32 +281,18 @@ def linear_attention(
     gate: Tensor | None = None,
     gate_activation: str = "none",
 ) -> Tensor:
-    """`torch.ops.flatten.linear_attention` in plain torch, and further arguments.
-
-    Args:
-        v: (B, M, heads * D_v); D_v may differ from the width of q's and k's heads. The output, the gate and
-            the taps have v's channels.
-        normalizer_q, normalizer_k: as q and k; Qd and Kd of the normalizer where they are not q and k.
-        rotary: (n, D_k/2, 2) or (n, heads * D_k/2, 2), for the n tokens of a window; see
-            `flatten_ext.rotary_table`. The normalizer reads the features before they are rotated.
-        key_weight: (B, M) or (B, M, heads), not negative. A key of weight 0 is not there, even if it is NaN;
-            the taps see its v.
-        normalizer: "divide", "none", "subtract" or "magnitude".
-        similarity_scale: c, a factor of y and z.
-        gate: (B, N, heads * D_v).
-        gate_activation: "none", "silu" or "sigmoid".
-    """
+    """`torch.ops.flatten.linear_attention` in plain torch; same arguments, shapes and result."""
     dtype = q.dtype
     q, k, v = _widen(q), _widen(k), _widen(v)
-    weight = _weights(key_weight, v)
+    weight = weights(key_weight, v)
 
     def place(x: Tensor) -> Tensor:
         return x if window is None or size is None else to_windows(x, size, window, shift)
 
     qd = None if normalizer_q is None else place(_widen(normalizer_q))
     kd = None if normalizer_k is None else place(_drop(_widen(normalizer_k), weight))
-    queries = _by_head(place(q), qd, rotary, num_heads)
-    keys = _by_head(place(_drop(k, weight)), kd, rotary, num_heads)
+    queries = by_head(place(q), qd, rotary, num_heads)
+    keys = by_head(place(_drop(k, weight)), kd, rotary, num_heads)
     values = _heads(place(_drop(v, weight)), num_heads)
     if weight is None:
         u = values.mean(-2, keepdim=True) if normalizer in _READ_U else None
@@ -337,33 +324,23 @@ def attention(
     eps: float = 1e-6,
     *,
     feature_map: str = "focused",
-    rotary: Tensor | None = None,
     key_weight: Tensor | None = None,
-    normalizer: str = "divide",
-    similarity_scale: float = 1.0,
-    gate: Tensor | None = None,
-    gate_activation: str = "none",
+    **general: Any,
 ) -> Tensor:
-    """`torch.ops.flatten.attention` in plain torch, and further arguments.
-
-    `feature_map` is "focused" (`focus`), "elu" (elu(x) + 1), "relu" or "none" (mapped already); `scale` and
-    `focusing_factor` belong to the first alone. The others are those of `linear_attention`.
-    """
+    """`torch.ops.flatten.attention` in plain torch: features, then `linear_attention` of them."""
     dtype = q.dtype
     q, k, v = _widen(q), _widen(k), _widen(v)
-    k = _drop(k, _weights(key_weight, v), mixes_heads=feature_map == "focused")
+    k = _drop(k, weights(key_weight, v), mixes_heads=feature_map == "focused")
     if key_bias is not None:
         if window is not None and size is not None:
             tiles = to_windows(k, size, window, shift) + key_bias
             k = from_windows(tiles, size, window, shift)
         else:
             k = k + key_bias
-    q, k = (_features(x, feature_map, scale, focusing_factor, eps) for x in (q, k))
+    q, k = (features(x, feature_map, scale, focusing_factor, eps) for x in (q, k))
     return linear_attention(
-        q, k, v, num_heads, dwc_weight, dwc_bias, size, window, shift, eps,
-        rotary=rotary, key_weight=key_weight, normalizer=normalizer, similarity_scale=similarity_scale,
-        gate=gate, gate_activation=gate_activation,
-    ).to(dtype)  # fmt: skip
+        q, k, v, num_heads, dwc_weight, dwc_bias, size, window, shift, eps, key_weight=key_weight, **general
+    ).to(dtype)
 
 
 def attention_state(
@@ -380,23 +357,18 @@ def attention_state(
     key_weight: Tensor | None = None,
     normalizer_k: Tensor | None = None,
 ) -> Tensor:
-    """All that attention knows of its keys, additive over them: sum_j w_j [Kn_j; 1] [v_j; 1]^T.
+    """`torch.ops.flatten.attention_state` in plain torch: sum_j w_j [Kn_j; 1] [v_j; 1]^T.
 
-    Arguments as in `attention`, `rotary` the keys' table (M, R, 2). States of parts of the keys (shards of an
-    image, frames of a video) add up to the state of the whole.
-
-    Returns:
-        (B, heads, D_k + 1, D_v + 1): S and, in the last column, m of Kd; in the last row u and W. None
-        is divided by W. float32, or float64 with float64 keys.
+    Kd is in the last column.
     """
     k, v = _widen(k), _widen(v)
-    weight = _weights(key_weight, v)
+    weight = weights(key_weight, v)
     weight = k.new_ones(1, k.shape[1], 1) if weight is None else weight
     k = _drop(k, weight, mixes_heads=feature_map == "focused")
-    k = _features(k if key_bias is None else k + key_bias, feature_map, scale, focusing_factor, eps)
+    k = features(k if key_bias is None else k + key_bias, feature_map, scale, focusing_factor, eps)
     kd = _normalizer_features("normalizer_k", normalizer_k, feature_map)
     kd = None if kd is None else _drop(kd, weight)
-    kn, kd = _by_head(_drop(k, weight), kd, rotary, num_heads)
+    kn, kd = by_head(_drop(k, weight), kd, rotary, num_heads)
     s, m, u, w = _sums(kn, kd, _heads(_drop(v, weight), num_heads), weight)
     return torch.cat((torch.cat((s, m.mT), -1), torch.cat((u, w.expand(*u.shape[:-1], 1)), -1)), -2)
 
@@ -417,19 +389,15 @@ def attention_from_state(
     gate: Tensor | None = None,
     gate_activation: str = "none",
 ) -> Tensor:
-    """The attention of q to the keys of an `attention_state`, without taps; `rotary` is for the queries.
-
-    Returns:
-        (B, N, heads * D_v) in q's dtype; of a state without keys (W = 0) zeros.
-    """
+    """`torch.ops.flatten.attention_from_state` in plain torch; same arguments, shapes and result."""
     if state.dim() != 4 or state.shape[1] != num_heads or q.shape[-1] != num_heads * (state.shape[2] - 1):
         raise ValueError(
             f"state must be (B, num_heads = {num_heads}, D_k + 1, D_v + 1) with num_heads * D_k = "
             f"{q.shape[-1]}, the channels of q, but it is {tuple(state.shape)}"
         )
-    dtype, q = q.dtype, _features(_widen(q), feature_map, scale, focusing_factor, eps)
+    dtype, q = q.dtype, features(_widen(q), feature_map, scale, focusing_factor, eps)
     qd = _normalizer_features("normalizer_q", normalizer_q, feature_map)
-    queries = _by_head(q, qd, rotary, num_heads)
+    queries = by_head(q, qd, rotary, num_heads)
     rows, last = state.to(q.dtype).split((state.shape[2] - 1, 1), 2)
     means = _divided(rows[..., :-1], rows[..., -1:].mT, last[..., :-1], last[..., -1:])
     out = _attend(*queries, means, normalizer, similarity_scale, eps)

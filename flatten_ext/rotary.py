@@ -7,9 +7,12 @@ A table holds the cosines and sines by which the channel pairs (2i, 2i + 1) of e
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 __all__ = ["rotary_table", "rotate"]
 
@@ -97,6 +100,34 @@ def rotary_table(
     angle = torch.cat(angles, -1).flatten(0, -2)
     angle = torch.cat((angle.new_zeros(num_prefix_tokens, width // 2), angle))
     return torch.stack((angle.cos(), angle.sin()), -1).to(dtype)
+
+
+@lru_cache(maxsize=64)
+def _kept(*arguments: Any) -> Tensor:
+    with torch.inference_mode(False):  # a tensor of inference mode could not serve a backward
+        return _new(*arguments)
+
+
+def _new(
+    size: tuple[int, int], channels: int, heads: int | None, prefix: int, dtype: torch.dtype, device: Any
+) -> Tensor:
+    return rotary_table(size, channels, heads, num_prefix_tokens=prefix, dtype=dtype, device=device)
+
+
+@torch.fx.wrap
+def kept_table(
+    x: Tensor, size: Sequence[int], channels: int, heads: int | None = None, prefix: int = 0
+) -> Tensor:
+    """The rotations of the tokens x of a map, float64 for float64 tokens. Those of the latest sizes are kept,
+    but not what belongs to a graph that is being traced."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    traced = (
+        torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None
+    )
+    make = _new if traced or x.is_meta else _kept
+    height, width = size
+    sides = (height, width) if torch.compiler.is_compiling() else (int(height), int(width))
+    return make(sides, channels, heads, prefix, dtype, x.device)
 
 
 def rotate(x: Tensor, table: Tensor | None, heads: int = 1) -> Tensor:

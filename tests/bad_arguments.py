@@ -211,7 +211,6 @@ def attend_cases() -> list[Case]:
         ({"k": randn(1, 16, 8)}, "k has shape (1, 16, 8), expected (2, M, 8)"),
         ({"k": randn(2, 16, 4)}, "k has shape (2, 16, 4), expected (2, M, 8)"),
         ({"v": randn(2, 15, 8)}, "v has shape (2, 15, 8), expected k's (2, 16, 8)"),
-        ({"v": randn(2, 16, 16)}, "v has shape (2, 16, 16), expected k's"),
         *[
             ({"num_heads": heads}, f"num_heads is {heads}, expected a positive divisor of the 8 channels")
             for heads in (0, -1, -2, 3, 9, 16, 2**62, 2**63 - 1, -(2**63))
@@ -239,6 +238,7 @@ def attend_cases() -> list[Case]:
 def focus_cases() -> list[Case]:
     """What only the focused attention refuses."""
     return [
+        ({"v": randn(2, 16, 16)}, "v has shape (2, 16, 16), expected k's (2, 16, 8)"),
         ({"scale": positive(4)}, "scale has shape (4,), expected (8,)"),
         ({"scale": positive(1, 8)}, "scale has shape (1, 8), expected (8,)"),
         ({"scale": positive(1, 1, 8)}, "scale has shape (1, 1, 8), expected (8,)"),
@@ -278,6 +278,15 @@ def focus_cases() -> list[Case]:
     ]
 
 
+def linear_cases() -> list[Case]:
+    """What only the attention of given features refuses: values may have other channels, by head."""
+    return [
+        ({"v": randn(2, 16, 9)}, "v has shape (2, 16, 9), expected channels for each of the 2 heads"),
+        ({"v": randn(2, 16, 0)}, "v has shape (2, 16, 0), expected k's (2, 16, 8), or other channels"),
+        ({"v": randn(3, 16, 4)}, "v has shape (3, 16, 4), expected k's (2, 16, 8), or other channels"),
+    ]
+
+
 def conv_cases() -> list[Case]:
     return [
         *token_cases("x"),
@@ -297,6 +306,6 @@ def conv_cases() -> list[Case]:
 
 CASES = [
     *[("attention", *case) for case in [*attend_cases(), *focus_cases()]],
-    *[("linear_attention", *case) for case in attend_cases()],
+    *[("linear_attention", *case) for case in [*attend_cases(), *linear_cases()]],
     *[("depthwise_conv", *case) for case in conv_cases()],
 ]

@@ -272,7 +272,7 @@ def widened(arguments: dict) -> dict:
 def positional(arguments: dict, operator: str = "attention") -> list:
     """The arguments of an operator as its schema orders them."""
     schema = getattr(torch.ops.flatten, operator).default._schema
-    return [arguments.get(a.name, a.default_value) for a in schema.arguments]
+    return [arguments.get(a.name, a.default_value) for a in schema.arguments if not a.kwarg_only]
 
 
 def with_gradients(arguments: dict, names=TENSORS) -> dict:

@@ -62,10 +62,15 @@ def map_faults(queries: int, keys: int, size, window, shift) -> set[str]:
 
 
 def taps_faults(names, weight, bias, widths: set[int], x: torch.Tensor) -> set[str]:
-    """Faults of a depthwise kernel whose filters may be `widths` many."""
+    """Faults of a depthwise kernel over x, whose filters may be `widths` many, or each image's own."""
     weight_name, bias_name = names
     if weight is None:
         return set() if bias is None else {bias_name}
+    if weight.ndim == 5:
+        odd = weight.shape[3] % 2 == 1 == weight.shape[4] % 2
+        shape = (x.shape[0], x.shape[2], 1, *weight.shape[3:])
+        faults = set() if odd and is_parameter(weight, shape, x) else {weight_name}
+        return faults | (set() if bias is None else {bias_name})
     odd = weight.ndim == 4 and weight.shape[2] % 2 == 1 and weight.shape[3] % 2 == 1
     if not (odd and weight.shape[1] == 1 and weight.shape[0] in widths):
         return {weight_name}
@@ -83,16 +88,20 @@ def attention_faults(a: dict[str, Any]) -> set[str]:
     faults |= {n for n in "kv" if a[n].dtype != q.dtype}
     if k.shape[1] == 0 or k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2]:
         faults.add("k")
-    if v.shape != k.shape:
+    heads, linear = a["num_heads"], "focusing_factor" not in a
+    other_channels = linear and v.shape[:2] == k.shape[:2] and v.shape[2] >= 1
+    if v.shape != k.shape and not other_channels:
         faults.add("v")
-    if a["num_heads"] < 1 or q.shape[2] % a["num_heads"]:
+    if heads < 1 or q.shape[2] % heads:
         return faults | {"num_heads"}
+    if v.shape[2] % heads:
+        return faults | {"v"}
     channels, queries, keys = q.shape[2], q.shape[1], k.shape[1]
     faults |= map_faults(queries, keys, a["size"], a["window"], a["shift"])
     if a["dwc_weight"] is not None and (a["size"] is None or queries != keys):
         faults.add("dwc_weight")
-    widths = {channels, channels // a["num_heads"]}
-    faults |= taps_faults(("dwc_weight", "dwc_bias"), a["dwc_weight"], a["dwc_bias"], widths, q)
+    widths = {v.shape[2], v.shape[2] // heads}
+    faults |= taps_faults(("dwc_weight", "dwc_bias"), a["dwc_weight"], a["dwc_bias"], widths, v)
     if not (a["eps"] == 0 or is_held(a["eps"], q)):
         faults.add("eps")
     if "focusing_factor" in a:
@@ -210,7 +219,8 @@ def test_random_arguments(name: str, chunk: int) -> None:
                 getattr(flatten_ext, name)(**arguments)
         else:
             out = getattr(flatten_ext, name)(**arguments)
-            assert out.shape == arguments["x" if name == "depthwise_conv" else "q"].shape
+            first, last = ("x", "x") if name == "depthwise_conv" else ("q", "v")
+            assert out.shape == (*arguments[first].shape[:2], arguments[last].shape[2])
             if not victims:
                 expected = getattr(reference, name)(**arguments)
                 tolerance = {torch.float64: 1e-10, torch.float32: 1e-5}.get(out.dtype, 1e-2)

@@ -38,4 +38,8 @@ std::int64_t streamed_from();
 /// Throws std::runtime_error when the variable names a set that is unknown or that cannot run here.
 const Kernels& kernels();
 
+/// Whether the kernels take a call, in both directions; another runs in plain torch.
+bool takes(const AttentionInputs& inputs);
+bool takes(const ConvInputs& inputs);
+
 }  // namespace flatten::cpu

@@ -71,7 +71,14 @@ void check_scale_values(const AttentionInputs& in) {
 }
 
 struct Cpu {
+  static constexpr bool kHasStates = false;
+
   static void check_values(const AttentionInputs& in) { check_scale_values(in); }
+
+  template <class Inputs>
+  static bool takes(const Inputs& in) {
+    return cpu::takes(in);
+  }
 
   static void run(const AttentionForward& p, const Tensor&) {
     kernels().attention_forward(p, torch_threads());

@@ -65,6 +65,10 @@ Call choose_attention(const Params& params, const Device& device) {
 
 }  // namespace
 
+bool takes(const AttentionInputs& inputs) { return is_plain(inputs); }
+
+bool takes(const ConvInputs& inputs) { return !inputs.taps.per_image; }
+
 Call choose(const AttentionForward& params, const Device& device) {
   return logged(choose_attention(params, device), params);
 }

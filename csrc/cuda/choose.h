@@ -18,6 +18,10 @@ struct Call {
   explicit operator bool() const { return kernels != nullptr; }
 };
 
+/// Whether there are kernels for a call, in both directions; another runs in plain torch.
+bool takes(const AttentionInputs& inputs);
+bool takes(const ConvInputs& inputs);
+
 Call choose(const AttentionForward& params, const Device& device);
 Call choose(const AttentionBackward& params, const Device& device);
 Call choose(const ConvForward& params, const Device& device);

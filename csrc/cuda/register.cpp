@@ -15,7 +15,14 @@ namespace flatten::cuda {
 namespace {
 
 struct Cuda {
+  static constexpr bool kHasStates = false;
+
   static void check_values(const AttentionInputs&) {}  // reading them would wait for the device
+
+  template <class Inputs>
+  static bool takes(const Inputs& in) {
+    return cuda::takes(in);
+  }
 
   /// Makes the tensors' device current and enqueues the call on its current stream. The workspace goes back
   /// to torch's allocator at once, which hands it out again only to later work of the same stream.

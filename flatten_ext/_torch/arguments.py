@@ -9,8 +9,10 @@ from typing import Any
 
 from . import private
 
-# Tensors of (batch, tokens, channels); all others belong to the whole batch.
-TOKENS = ("grad_out", "q", "k", "v", "x")
+# Tensors of (batch, tokens, channels).
+TOKENS = ("grad_out", "q", "k", "v", "x", "gate", "normalizer_q", "normalizer_k")
+# These and all others whose first dimension is the batch; what is left belongs to the whole batch.
+BATCHED = (*TOKENS, "key_weight", "state")
 
 
 def _picker(indices: Sequence[int]) -> Callable[[tuple], tuple]:
@@ -28,6 +30,7 @@ class Signature:
         self.names = tuple(argument.name for argument in arguments)
         self.defaults = tuple(argument.default_value for argument in arguments)
         self.tensors = tuple(argument.name for argument in arguments if "Tensor" in str(argument.type))
+        self.keywords = tuple(argument.name for argument in arguments if argument.kwarg_only)
         # What the dispatcher left out at the end of a call, and then None, which stands for every other name.
         self._rest = [(*self.defaults[count:], None) for count in range(len(arguments) + 1)]
 
@@ -47,10 +50,25 @@ class Signature:
         return _picker([self.names.index(n) if n in self.names else len(self.names) for n in names])
 
     def ordered(self, names: Sequence[str]) -> Callable[[tuple], tuple]:
-        """A function from values in the order of `names` to the arguments of the operator."""
-        if tuple(names) == self.names:
+        """A function from values in the order of `names`, which are all arguments of the operator or all of
+        the first ones, to these arguments."""
+        own = self.names[: len(names)]
+        if tuple(names) == own:
             return lambda values: values
-        return _picker([names.index(name) for name in self.names])
+        return _picker([names.index(name) for name in own])
+
+    def by_keyword(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """`call` of the operator, which takes some arguments by keyword only, with all of them in order."""
+        if not self.keywords:
+            return call
+        count = len(self.names) - len(self.keywords)
+
+        def in_order(*arguments):
+            before = len(arguments) - len(self.names)  # a set of keys
+            keywords = dict(zip(self.keywords, arguments[before + count :], strict=True))
+            return call(*arguments[: before + count], **keywords)
+
+        return in_order
 
 
 class Arguments:

@@ -18,8 +18,11 @@ from .families import (
     ATTENTION,
     BACKWARD,
     FORWARD,
+    PLAIN_ATTENTION,
     Family,
     count_saved_windows,
+    count_saved_windows_in_general,
+    mask_of,
     replace,
     select,
     signature,
@@ -101,24 +104,47 @@ def _may_record(grad_out: Tensor) -> bool:
     return torch.is_grad_enabled() or private.in_forward_mode((grad_out,)) or private.transforms_active()
 
 
+def _refuse_gradient(name: str, rotary: Tensor | None) -> None:
+    if rotary is not None and rotary.requires_grad:
+        raise RuntimeError(
+            f"flatten.{name}: rotary requires a gradient, but it is a table and has no gradient: pass "
+            "rotary.detach()"
+        )
+
+
 def _register_forward(name: str, family: Family) -> None:
-    """A call of `name` that records goes to the family's forward operator, another to the kernel below."""
+    """A call of `name` that records goes to the family's forward operator, another to the kernel below. The
+    arguments by keyword are those of the general form; without one, fewer tensors are carried."""
     own = signature(name)
     below, after = private.goes_on_below(own.op)
-    tensors_of, options_of = own.take(family.arguments.tensors), own.take(family.arguments.options)
-    saved_by = own.take(("q", "k", "num_heads", "window"))
-    has_state = family.has_state
+
+    def ways(family: Family, count, counted: tuple[str, ...]) -> tuple:
+        arguments = family.arguments
+        return (
+            family, own.take(arguments.tensors), own.take(arguments.options), own.take(counted), count,
+        )  # fmt: skip
+
+    if family is ATTENTION:
+        general = ways(family, count_saved_windows_in_general, ("q", "k", "v", "num_heads", "window"))
+        plain = ways(PLAIN_ATTENTION, count_saved_windows, ("q", "k", "num_heads", "window"))
+    else:
+        general = plain = ways(family, lambda _: None, ("q",))
     in_forward_mode, any_requires_grad = private.in_forward_mode, private.any_requires_grad
     is_grad_enabled = torch.is_grad_enabled
 
     def kernel(keyset, *args, **kwargs):
-        arguments = (*args, *kwargs.values()) if kwargs else args
+        arguments = args
+        if kwargs:
+            arguments = (*args, *kwargs.values())
+            _refuse_gradient(name, kwargs.get("rotary"))
         if in_forward_mode(arguments):
             given = own.complete(args, kwargs)
+            family, tensors_of, options_of, _, _ = general
             return family.checked_reference(tensors_of(given), options_of(given))
         if is_grad_enabled() and any_requires_grad(*arguments):
             given = own.complete(args, kwargs)
-            saved = count_saved_windows(*saved_by(given)) if has_state else None
+            family, tensors_of, options_of, counted_of, count = general if kwargs else plain
+            saved = count(*counted_of(given))
             return _flatten(keyset, family, options_of(given), saved, *tensors_of(given))[0]
         return below(keyset & after, *args, **kwargs)
 
@@ -129,15 +155,19 @@ def _register_attention_forward() -> None:
     # Reached from Flatten, one torch.func level further down, or by a direct call.
     own = ATTENTION.signature
     below, after = private.goes_on_below(own.op)
-    arguments = ATTENTION.arguments
-    tensors_of, options_of = own.take(arguments.tensors), own.take(arguments.options)
     saved_of = own.take(("saved_windows",))
+    of_plain = own.names.index("saved_windows") + 1
+    ways = [
+        (family, own.take(family.arguments.tensors), own.take(family.arguments.options))
+        for family in (PLAIN_ATTENTION, ATTENTION)
+    ]
 
     def kernel(keyset, *args):
         given = own.complete(args)
+        family, tensors_of, options_of = ways[len(args) > of_plain]
         tensors = tensors_of(given)
         if torch.is_grad_enabled() and private.any_requires_grad(*tensors):
-            return _flatten(keyset, ATTENTION, options_of(given), *saved_of(given), *tensors)
+            return _flatten(keyset, family, options_of(given), *saved_of(given), *tensors)
         return below(keyset & after, *args)
 
     _library.impl("attention_forward", kernel, "Autograd", with_keyset=True)
@@ -146,16 +176,15 @@ def _register_attention_forward() -> None:
 def _register_backward(name: str, family: Family) -> None:
     own = signature(name)
     below, after = private.goes_on_below(own.op)
-    arguments = family.arguments
-    tensors_of, options_of = own.take(arguments.tensors), own.take(arguments.options)
-    besides_of = own.take(("grad_out", "state", "output_mask"))
+    tensors_of, options_of, besides_of = family.pickers(own)
 
     def kernel(keyset, *args):
         given = own.complete(args)
         tensors, (grad_out, state, mask) = tensors_of(given), besides_of(given)
         if private.in_forward_mode((grad_out, *tensors)):
-            return list(family.gradients(options_of(given), mask, grad_out, tensors))
+            return list(family.gradients(options_of(given), mask_of(mask, tensors), grad_out, tensors))
         if torch.is_grad_enabled() and private.any_requires_grad(grad_out, *tensors):
+            mask = mask_of(mask, tensors)
             return list(_flatten_gradient(family, options_of(given), mask, state, grad_out, *tensors))
         return below(keyset & after, *args)
 

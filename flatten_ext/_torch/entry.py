@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import private
-from .families import FORWARD, OPERATORS, signature
+from .families import OPERATORS, TRACED, signature
 
 _library = torch.library.Library("flatten", "IMPL")
 
@@ -73,5 +73,5 @@ def _numbers_as_typed(own: Any) -> list:
 
 for _name in OPERATORS:
     _register_nested(_name)
-for _name in FORWARD:
+for _name in TRACED:
     _register_tracing(_name)

@@ -1,8 +1,9 @@
-"""The two families of operators, attention and convolution: what runs them forward, backward and by the
-reference.
+"""The families of operators: what runs them forward, backward and by the reference.
 
-    attention, linear_attention   -> attention_forward, attention_backward
-    depthwise_conv                -> depthwise_conv, depthwise_conv_backward
+attention, linear_attention   -> attention_forward, attention_backward
+depthwise_conv                -> depthwise_conv, depthwise_conv_backward
+attention_state               -> attention_state, attention_state_backward
+attention_from_state          -> attention_from_state, attention_from_state_backward
 """
 
 from __future__ import annotations
@@ -32,15 +33,23 @@ def signature(name: str) -> Signature:
 class Family:
     """How autograd runs operators of one kind, whose arguments are split into `tensors`, which have
     gradients, and `options`, which have none. A forward operator with `saved_windows` leaves a state, which
-    its backward takes."""
+    its backward takes. What is in `without` stays at its default."""
 
-    def __init__(self, forward: str, backward: str, check: str, by_reference: Callable[..., Tensor]) -> None:
+    def __init__(
+        self,
+        forward: str,
+        backward: str,
+        check: str,
+        by_reference: Callable[..., Tensor],
+        without: Sequence[str] = (),
+    ) -> None:
         self.signature = signature(forward)
         self.has_state = "saved_windows" in self.signature.names
-        self.arguments = Arguments(self.signature, besides=("saved_windows",))
+        self.arguments = Arguments(self.signature, besides=("saved_windows", *without))
         names, state = self.arguments.names, ("state",) if self.has_state else ()
-        self._forward = self.signature.op
-        self._forward_below, self._after = private.goes_on_below(self._forward)
+        below, self._after = private.goes_on_below(self.signature.op)
+        self._forward = self.signature.by_keyword(self.signature.op)
+        self._forward_below = self.signature.by_keyword(below)
         self._order_forward = self.signature.ordered(
             (*names, *(("saved_windows",) if self.has_state else ()))
         )
@@ -67,6 +76,12 @@ class Family:
         besides = (grad_out, state, mask) if self.has_state else (grad_out, mask)
         return self._backward(*self._order_backward((*self.arguments.join(tensors, options), *besides)))
 
+    def pickers(self, of: Signature) -> tuple[Callable[[tuple], tuple], ...]:
+        """Functions that take tensors, options, and (grad_out, state, output_mask) out of the complete
+        arguments of the backward operator; the state is None where it is none of attention_forward's."""
+        besides = ("grad_out", "state" if self.has_state else "", "output_mask")
+        return of.take(self.arguments.tensors), of.take(self.arguments.options), of.take(besides)
+
     def check(self, tensors: Sequence[Any], options: tuple, grad_out=None, state=None) -> None:
         """Raises what the kernels would, forward or backward."""
         besides = (grad_out, state) if self.has_state else (grad_out,)
@@ -91,27 +106,55 @@ class Family:
         )
 
 
-_LINEAR = signature("linear_attention").names
+# What the general form has beyond focused linear attention: the arguments after those of attention_forward.
+_names = signature("attention_forward").names
+GENERAL = _names[_names.index("saved_windows") + 1 :]
+_LINEAR, _FOCUSED = signature("linear_attention").names, signature("attention").names
 
 
 def _attention(given: dict[str, Any]) -> Tensor:
-    if given["focusing_factor"] is not None:
-        return reference.attention(**given)
-    return reference.linear_attention(**{name: given[name] for name in _LINEAR})
+    linear = given["focusing_factor"] is None
+    if not linear and given.get("feature_map", "") is None:
+        given["feature_map"] = "focused"
+    function, names = (reference.linear_attention, _LINEAR) if linear else (reference.attention, _FOCUSED)
+    return function(**{name: given[name] for name in names if name in given})
 
 
-ATTENTION = Family("attention_forward", "attention_backward", "check_attention", _attention)
-CONV = Family(
-    "depthwise_conv",
-    "depthwise_conv_backward",
-    "check_depthwise_conv",
-    lambda given: reference.depthwise_conv(**given),
-)
+def _of(function: Callable[..., Tensor]) -> Callable[[dict[str, Any]], Tensor]:
+    return lambda given: function(**given)
+
+
+_ATTENTION = ("attention_forward", "attention_backward", "check_attention", _attention)
+ATTENTION = Family(*_ATTENTION)
+# Calls of focused linear attention alone: autograd then carries half as many tensors.
+PLAIN_ATTENTION = Family(*_ATTENTION, without=GENERAL)
+
+
+def _family(name: str, function: Callable[..., Tensor]) -> Family:
+    return Family(name, f"{name}_backward", f"check_{name}", _of(function))
+
+
+CONV = _family("depthwise_conv", reference.depthwise_conv)
+STATE = _family("attention_state", reference.attention_state)
+FROM_STATE = _family("attention_from_state", reference.attention_from_state)
 
 # The operators people call, with their families.
-FORWARD = {"attention": ATTENTION, "linear_attention": ATTENTION, "depthwise_conv": CONV}
-BACKWARD = {"attention_backward": ATTENTION, "depthwise_conv_backward": CONV}
+FORWARD = {
+    "attention": ATTENTION,
+    "linear_attention": ATTENTION,
+    "depthwise_conv": CONV,
+    "attention_state": STATE,
+    "attention_from_state": FROM_STATE,
+}
+BACKWARD = {
+    "attention_backward": ATTENTION,
+    "depthwise_conv_backward": CONV,
+    "attention_state_backward": STATE,
+    "attention_from_state_backward": FROM_STATE,
+}
 OPERATORS = (*FORWARD, "attention_forward", *BACKWARD)
+# Those that record SymInts, which torch.jit.trace cannot (csrc/traced.cpp).
+TRACED = ("attention", "linear_attention", "depthwise_conv")
 
 
 # ------------------------------------------------------------------------------------------------ the state
@@ -141,10 +184,48 @@ def count_saved_windows(q: Tensor, k: Tensor, num_heads: int, window: Sequence[i
     return least(windows, windows * budget // each) * least(1, keys // head_dim)
 
 
-def state_like(q: Tensor, num_heads: int, saved_windows: Any) -> tuple[list, torch.dtype]:
-    """Shape and dtype of the state: S and m of a window are (head_dim + 1) * channels numbers."""
-    shape = [saved_windows * (q.shape[2] // num_heads + 1) * q.shape[2]]
-    return shape, torch.float64 if q.dtype == torch.float64 else torch.float32
+def count_saved_windows_in_general(
+    q: Tensor, k: Tensor, v: Tensor, num_heads: int, window: Sequence[int] | None
+) -> Any:
+    """The same where values may have other channels; then none."""
+    if v is None or q is None or k is None or v.shape != k.shape:
+        return 0
+    return count_saved_windows(q, k, num_heads, window)
+
+
+def state_like(
+    q: Tensor,
+    v: Tensor,
+    num_heads: int,
+    saved_windows: Any,
+    key_weight: Tensor | None,
+    normalizer: str | None,
+) -> tuple[list, torch.dtype]:
+    """Shape and dtype of the saved state (csrc/params.h, window_state_elements): S and m of each head, and
+    u and W where they are needed."""
+    rows = q.shape[2]
+    if key_weight is not None or normalizer in ("subtract", "magnitude"):
+        rows = rows + num_heads
+    return [saved_windows * rows * (v.shape[2] // num_heads + 1)], sum_dtype(q.dtype)
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which sums are kept."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def out_like(given: dict[str, Any]) -> Tensor:
+    """A new tensor of the shape and dtype of what an operator returns."""
+    if "x" in given:
+        return given["x"].new_empty(given["x"].shape)
+    heads = given["num_heads"]
+    if "q" not in given:  # attention_state
+        k, v = given["k"], given["v"]
+        shape = (k.shape[0], heads, k.shape[2] // heads + 1, v.shape[2] // heads + 1)
+        return k.new_empty(shape, dtype=sum_dtype(k.dtype))
+    q = given["q"]
+    channels = given["v"].shape[2] if "v" in given else heads * (given["state"].shape[3] - 1)
+    return q.new_empty((*q.shape[:2], channels))
 
 
 # ------------------------------------------------------------------------------------------------ derivatives
@@ -152,6 +233,11 @@ def vjp(function: Callable, inputs: Sequence[Tensor], cotangents) -> tuple[Tenso
     """Vector-Jacobian product that nests with autograd and torch.func at any depth, and inside a kernel."""
     with private.autograd_keys_on():
         return torch.func.vjp(function, *inputs)[1](cotangents)
+
+
+def mask_of(mask: Sequence[bool], tensors: Sequence) -> list[bool]:
+    """An entry for each of `tensors`; one that ends early asks for no more."""
+    return [*mask, *[False] * (len(tensors) - len(mask))]
 
 
 def select(tensors: Sequence, mask: Sequence[bool]) -> list:

@@ -17,6 +17,14 @@ autograd.forward_ad._current_level
     Without it: a look for a tangent at each tensor, and nested transforms of torch.func raise.
 _C._ExcludeDispatchKeyGuard
     Autocast off below its own kernel. Without it: torch.autocast(enabled=False).
+_functorch.autograd_function.custom_function_call_vmap_helper and
+_functorch.pyfunctorch.retrieve_current_functorch_interpreter
+    Batching rules of operators with tensors by keyword, which torch.library.register_vmap refuses. Without
+    them: torch.vmap loops over the samples, and warns.
+_C._functorch.is_legacy_batchedtensor, _C._vmapmode_increment_nesting, _vmapmode_decrement_nesting,
+torch._add_batch_dim and _remove_batch_dim
+    torch's older vmap, which torch.autograd.grad(is_grads_batched=True) and gradcheck still call. Without
+    them: it raises where a backward has several gradients.
 _subclasses.fake_tensor.FakeTensor
     Tells a traced call from one on meta tensors. Without it: the name of the class.
 nested._internal.nested_tensor.NestedTensor
@@ -146,6 +154,62 @@ def _has_forward_level(_: Iterable[Any]) -> bool:
 in_forward_mode: Callable[[Iterable[Any]], bool] = (
     _has_forward_level if hasattr(forward_ad, "_current_level") else _has_tangent
 )
+
+
+# ------------------------------------------------------------------------------------------------------- vmap
+_batch: Any
+_interpreter: Any
+try:
+    from torch._functorch.autograd_function import custom_function_call_vmap_helper as _batch
+    from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter as _interpreter
+except ImportError:
+    _batch = _interpreter = None
+
+
+def register_batching_rule(library: Any, own: Any, name: str, rule: Callable[..., Any]) -> None:
+    """torch.library.register_vmap with a rule that takes all arguments in order, also those that the operator
+    takes by keyword only. `own` is the operator's Signature."""
+    if not own.keywords:
+        torch.library.register_vmap(f"flatten::{name}", rule, lib=library)
+    elif _batch is not None:
+        op = own.by_keyword(own.op)
+
+        def kernel(*args, **kwargs):
+            return _batch(_interpreter(), rule, op, *own.complete(args, kwargs)[:-1])
+
+        library.impl(name, kernel, "FuncTorchBatched")
+
+
+_is_batched = _find("_C._functorch.is_legacy_batchedtensor")
+_nest, _unnest = _find("_C._vmapmode_increment_nesting"), _find("_C._vmapmode_decrement_nesting")
+
+
+def register_older_batching_rule(library: Any, own: Any, name: str) -> None:
+    """Sample by sample, in torch's older vmap, which keeps the mapped dimension in tensors of its own."""
+    if None in (_is_batched, _nest, _unnest):
+        return
+    op = own.by_keyword(own.op)
+
+    def kernel(*args, **kwargs):
+        level = _nest() - 1
+        _unnest()
+        arguments = own.complete(args, kwargs)[:-1]
+        mapped = [isinstance(a, Tensor) and _is_batched(a) for a in arguments]
+        opened = [
+            torch._remove_batch_dim(a, level, 0, 0) if m else a  # type: ignore[attr-defined]
+            for a, m in zip(arguments, mapped, strict=True)
+        ]
+        count = next(a.shape[0] for a, m in zip(opened, mapped, strict=True) if m)
+        samples = [op(*(a[i] if m else a for a, m in zip(opened, mapped, strict=True))) for i in range(count)]
+
+        def closed(outputs: Iterable[Tensor]) -> Tensor:
+            return torch._add_batch_dim(torch.stack(tuple(outputs)), 0, level)  # type: ignore[attr-defined]
+
+        if isinstance(samples[0], Tensor):
+            return closed(samples)
+        return type(samples[0])(map(closed, zip(*samples, strict=True)))
+
+    library.impl(name, kernel, "Batched")
 
 
 # ----------------------------------------------------------------------------------------- tensors and traces

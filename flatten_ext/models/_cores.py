@@ -15,24 +15,23 @@ operator, so that half precision overflows where its inputs or results do and no
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .._focused import LearnedKeys, Size, _call
 from .._layers import is_plain_conv
 from ..ops import depthwise_conv
 from ..reference import attention, elu_plus_one, from_windows, linear_attention, to_windows
-from ..rotary import rotary_table, rotate
+from ..rotary import kept_table, rotate
 
 # torch.fx records their calls whole: they look into sizes and dtypes, which have no values while it traces.
 torch.fx.wrap("_widened")
 torch.fx.wrap("from_windows")
+torch.fx.wrap("kept_table")
 torch.fx.wrap("to_windows")
 
 __all__ = [
@@ -87,32 +86,6 @@ def _in_its_dtype(x: Any) -> Any:
 
 def _device(x: Any) -> torch.device | None:
     return None if isinstance(x, Proxy) else x.device
-
-
-@lru_cache(maxsize=64)
-def _kept_table(*arguments: Any) -> Tensor:
-    with torch.inference_mode(False):  # a tensor of inference mode could not serve a backward
-        return _new_table(*arguments)
-
-
-def _new_table(
-    size: tuple[int, int], channels: int, heads: int | None, prefix: int, dtype: torch.dtype, device: Any
-) -> Tensor:
-    return rotary_table(size, channels, heads, num_prefix_tokens=prefix, dtype=dtype, device=device)
-
-
-@torch.fx.wrap
-def _table(x: Tensor, size: Size, channels: int, heads: int | None, prefix: int) -> Tensor:
-    """The rotations of the tokens of `size`, float64 for float64 tokens. Those of the latest sizes are kept,
-    but not what belongs to a graph that is being traced."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    traced = (
-        torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None
-    )
-    make = _new_table if traced or x.is_meta else _kept_table
-    height, width = size
-    sides = (height, width) if torch.compiler.is_compiling() else (int(height), int(width))
-    return make(sides, channels, heads, prefix, dtype, x.device)
 
 
 @torch.fx.wrap
@@ -177,7 +150,7 @@ class _RotaryAttention(_Placeless):
             window=window,
             shift=shift,
             feature_map="elu",
-            rotary=_table(q, window or size, self.dim, heads, self.num_prefix_tokens),
+            rotary=kept_table(q, window or size, self.dim, heads, self.num_prefix_tokens),
             key_weight=self.key_weight(q, k, size, window, shift),
             normalizer=self.normalizer,
             similarity_scale=scale,
@@ -231,7 +204,7 @@ class RotarySoftmaxAttention(_RotaryAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, size: Size, *places: Any, gate: Any = None) -> Tensor:
         """(B, N, C) queries, keys, values and gate of the map `size` -> (B, N, C)."""
-        table = _table(q, size, self.dim, self.num_heads, self.num_prefix_tokens)
+        table = kept_table(q, size, self.dim, self.num_heads, self.num_prefix_tokens)
         q, k = (_rotated(x, table, self.num_heads) for x in (q, k))
         q, k, values = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, values).transpose(1, 2).flatten(2)

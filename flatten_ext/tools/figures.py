@@ -20,20 +20,29 @@ __all__ = ["draw_maps", "draw_ranks", "four_maps", "save"]
 
 _COLORS = ("#5b6b7f", "#d9822b", "#0b7a75", "#b0488c")
 _RING = {"markerfacecolor": "none", "markeredgecolor": "cyan", "markeredgewidth": 1.4}
-_TITLES = ("softmax", "linear (p = 1)", "focused (p = {p:g})", "focused + DWC")
 
 
 def four_maps(inputs: dict[str, Any]) -> dict[str, Tensor]:
     """The (heads, N, N) matrices of the first image: softmax, linear, focused, focused + DWC.
 
+    Of another feature map than "focused", linear is that map alone; in place of focused comes the attention
+    as it was called: rotated, weighted, normalized.
+
     Args:
         inputs: arguments of `attention_map`, as `record_attention` leaves them.
     """
-    focused = attention_map(**inputs)
-    linear = attention_map(**{**inputs, "focusing_factor": 1.0, "dwc_weight": None})
+    own = attention_map(**inputs)
+    feature_map = inputs.get("feature_map", "focused")
+    if feature_map == "focused":
+        linear = attention_map(**{**inputs, "focusing_factor": 1.0, "dwc_weight": None})
+        name, titles = "focused", ["linear (p = 1)", f"focused (p = {inputs['focusing_factor']:g})"]
+    else:
+        plain: Any = {key: inputs.get(key) for key in ("q", "k", "num_heads", "key_bias", "key_weight")}
+        linear = attention_map(**plain, feature_map=feature_map)
+        name, titles = "general", [f"linear ({feature_map})", "general"]
     softmax = softmax_map(inputs["q"], inputs["k"], inputs["num_heads"])
-    maps = (softmax, linear.attention, focused.attention, focused.with_dwc)
-    titles = [title.format(p=inputs["focusing_factor"]) for title in _TITLES]
+    maps = (softmax, linear.attention, own.attention, own.with_dwc)
+    titles = ["softmax", *titles, f"{name} + DWC"]
     return {title: m[0] for title, m in zip(titles, maps, strict=True) if m is not None}
 
 

@@ -13,6 +13,7 @@
 #include <array>
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <vector>
 
 // The headers of torch 2.11 lack the check that passes torch's own words on.
@@ -30,7 +31,8 @@ struct MapOptions {
   OptionalSize size, window, shift;
 };
 
-/// The depthwise kernel, (D, 1, kh, kw) or (C, 1, kh, kw), and its bias, (D,) or (C,).
+/// The depthwise kernel, (D, 1, kh, kw) or (C, 1, kh, kw), and its bias, (D,) or (C,); or (B, C, 1, kh, kw),
+/// each image's own, without bias.
 struct ConvOptions {
   OptionalTensor weight, bias;
 };
@@ -39,6 +41,19 @@ struct ConvOptions {
 struct FocusOptions {
   OptionalTensor scale, key_bias;
   double focusing_factor = 3.0;
+  std::string feature_map = "focused";  // "elu", "relu", "none"
+};
+
+/// What the general form has beyond focused linear attention; flatten_ext/ops.py describes each. Calls that a
+/// device has no kernels for run in plain torch, which Python registers (`import flatten_ext`): without
+/// Python they are errors.
+struct GeneralOptions {
+  OptionalTensor rotary, key_weight;
+  std::string normalizer = "divide";  // "none", "subtract", "magnitude"
+  double similarity_scale = 1.0;
+  OptionalTensor gate;
+  std::string gate_activation = "none";       // "silu", "sigmoid"
+  OptionalTensor normalizer_q, normalizer_k;  // with features that are mapped already
 };
 
 namespace detail {
@@ -56,18 +71,43 @@ torch::stable::Tensor call(const char* op, const Args&... args) {
 inline torch::stable::Tensor attention(const torch::stable::Tensor& q, const torch::stable::Tensor& k,
                                        const torch::stable::Tensor& v, std::int64_t num_heads,
                                        const FocusOptions& focus = {}, const ConvOptions& conv = {},
-                                       const MapOptions& map = {}, double eps = 1e-6) {
+                                       const MapOptions& map = {}, double eps = 1e-6,
+                                       const GeneralOptions& general = {}) {
   return detail::call("flatten::attention", q, k, v, num_heads, focus.scale, focus.key_bias, conv.weight,
-                      conv.bias, map.size, map.window, map.shift, focus.focusing_factor, eps);
+                      conv.bias, map.size, map.window, map.shift, focus.focusing_factor, eps,
+                      focus.feature_map, general.rotary, general.key_weight, general.normalizer,
+                      general.similarity_scale, general.gate, general.gate_activation);
 }
 
 /// The same on features that are mapped already.
 inline torch::stable::Tensor linear_attention(const torch::stable::Tensor& q, const torch::stable::Tensor& k,
                                               const torch::stable::Tensor& v, std::int64_t num_heads,
                                               const ConvOptions& conv = {}, const MapOptions& map = {},
-                                              double eps = 1e-6) {
+                                              double eps = 1e-6, const GeneralOptions& general = {}) {
   return detail::call("flatten::linear_attention", q, k, v, num_heads, conv.weight, conv.bias, map.size,
-                      map.window, map.shift, eps);
+                      map.window, map.shift, eps, general.normalizer_q, general.normalizer_k, general.rotary,
+                      general.key_weight, general.normalizer, general.similarity_scale, general.gate,
+                      general.gate_activation);
+}
+
+/// All that attention knows of its keys, (B, num_heads, D_k + 1, D_v + 1), additive over them. Of `general`
+/// rotary, key_weight and normalizer_k are read.
+inline torch::stable::Tensor attention_state(const torch::stable::Tensor& k, const torch::stable::Tensor& v,
+                                             std::int64_t num_heads, const FocusOptions& focus = {},
+                                             double eps = 1e-6, const GeneralOptions& general = {}) {
+  return detail::call("flatten::attention_state", k, v, num_heads, focus.scale, focus.key_bias,
+                      focus.focusing_factor, eps, focus.feature_map, general.rotary, general.key_weight,
+                      general.normalizer_k);
+}
+
+/// The attention of q to the keys of a state. Of `general` all but key_weight and normalizer_k is read.
+inline torch::stable::Tensor attention_from_state(const torch::stable::Tensor& q,
+                                                  const torch::stable::Tensor& state, std::int64_t num_heads,
+                                                  const FocusOptions& focus = {}, double eps = 1e-6,
+                                                  const GeneralOptions& general = {}) {
+  return detail::call("flatten::attention_from_state", q, state, num_heads, focus.scale,
+                      focus.focusing_factor, eps, focus.feature_map, general.rotary, general.normalizer_q,
+                      general.normalizer, general.similarity_scale, general.gate, general.gate_activation);
 }
 
 /// The depthwise branch alone, over x (B, N, C).

@@ -173,7 +173,7 @@ flatten::Taps taps(const Shape& s, Stored& x) {
 void set_inputs(const Shape& s, Dtype dtype, Stored& x, flatten::AttentionInputs& to) {
   to.dtype = dtype;
   to.geometry = geometry(s);
-  to.mapping = {s.focused, s.focusing_factor, parameter(x.scale), parameter(x.key_bias)};
+  to.mapping = {s.focused ? flatten::FeatureMap::kFocused : flatten::FeatureMap::kNone, s.focusing_factor, parameter(x.scale), parameter(x.key_bias)};
   to.eps = s.eps;
   to.taps = taps(s, x);
   to.query = x.q;

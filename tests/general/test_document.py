@@ -10,7 +10,7 @@ import test_restated
 import torch
 from published import CORES, errors
 
-from flatten_ext import reference
+import flatten_ext
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "general.md").read_text()
 NUMBER = r"(\d\.\de-\d\d)"
@@ -35,11 +35,11 @@ def test_the_table_has_every_method():
 def test_the_errors_are_those_measured(method):
     """Rounding differs between machines: within ten times what is written."""
     if method in CORES:
-        measured = [errors(reference, method, case) for case in CORES[method].cases]
+        measured = [errors(flatten_ext, method, case) for case in CORES[method].cases]
         out = max(of_case.pop("result") for of_case in measured)
         gradients = max(max(of_case.values()) for of_case in measured)
     else:
-        out, gradients = test_restated.errors(reference, method)
+        out, gradients = test_restated.errors(flatten_ext, method)
     assert out <= 10 * float(ROWS[method]["out"])
     assert gradients <= 10 * float(ROWS[method]["grad"])
 
@@ -49,5 +49,5 @@ def test_the_examples_run():
     for block in re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL):
         exec(block, names)
     q, k, v = (names[name] for name in "qkv")
-    torch.testing.assert_close(names["out"], reference.attention(q, k, v, 2, feature_map="elu"))
+    torch.testing.assert_close(names["out"], flatten_ext.attention(q, k, v, 2, feature_map="elu"))
     assert names["inside"].unflatten(0, (8, 8)).sum(1).tolist() == [6] * 5 + [0] * 3
