@@ -26,12 +26,13 @@ from .._focused import LearnedKeys, Size, _call
 from .._layers import is_plain_conv
 from ..ops import depthwise_conv
 from ..reference import attention, elu_plus_one, from_windows, linear_attention, to_windows
-from ..rotary import kept_table, rotate
+from ..rotary import kept_table as _table
+from ..rotary import rotate
 
 # torch.fx records their calls whole: they look into sizes and dtypes, which have no values while it traces.
 torch.fx.wrap("_widened")
 torch.fx.wrap("from_windows")
-torch.fx.wrap("kept_table")
+torch.fx.wrap("_table")
 torch.fx.wrap("to_windows")
 
 __all__ = [
@@ -150,7 +151,7 @@ class _RotaryAttention(_Placeless):
             window=window,
             shift=shift,
             feature_map="elu",
-            rotary=kept_table(q, window or size, self.dim, heads, self.num_prefix_tokens),
+            rotary=_table(q, window or size, self.dim, heads, self.num_prefix_tokens),
             key_weight=self.key_weight(q, k, size, window, shift),
             normalizer=self.normalizer,
             similarity_scale=scale,
@@ -204,7 +205,7 @@ class RotarySoftmaxAttention(_RotaryAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, size: Size, *places: Any, gate: Any = None) -> Tensor:
         """(B, N, C) queries, keys, values and gate of the map `size` -> (B, N, C)."""
-        table = kept_table(q, size, self.dim, self.num_heads, self.num_prefix_tokens)
+        table = _table(q, size, self.dim, self.num_heads, self.num_prefix_tokens)
         q, k = (_rotated(x, table, self.num_heads) for x in (q, k))
         q, k, values = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, values).transpose(1, 2).flatten(2)
