@@ -24,8 +24,8 @@ from torch.fx import Proxy
 
 from .._focused import LearnedKeys, Size, _call
 from .._layers import is_plain_conv
-from ..ops import depthwise_conv
-from ..reference import attention, elu_plus_one, from_windows, linear_attention, to_windows
+from ..ops import attention, depthwise_conv, linear_attention
+from ..reference import elu_plus_one, from_windows, to_windows
 from ..rotary import kept_table as _table
 from ..rotary import rotate
 
@@ -268,18 +268,12 @@ class InlineAttention(_Placeless):
         else:
             out = attention(q, k, v, self.num_heads, **common)
             v = F.interpolate(v.transpose(1, 2), q.shape[1], mode="linear").transpose(1, 2)
-            out = out + _with_own_taps(v, taps, size)
+            out = out + depthwise_conv(v, taps, None, (size[0], size[1]))
         if self.get_v is None:
             return out
         if is_plain_conv(self.get_v, self.dim, _device(v)):
             return out + depthwise_conv(v, self.get_v.weight, self.get_v.bias, size, window, shift)
         return out + _call(self.get_v, self.dim, v, size, window, shift).to(out.dtype)
-
-
-def _with_own_taps(v: Tensor, taps: Tensor, size: Size) -> Tensor:
-    from ..reference import depthwise_conv
-
-    return depthwise_conv(v, taps, None, size)
 
 
 class PolarAttention(LearnedKeys):

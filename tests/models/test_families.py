@@ -20,6 +20,7 @@ import timm
 import torch
 from golden_data import Golden, unit
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import flatten_ext
 from flatten_ext.models import checkpoint_filter
@@ -46,17 +47,22 @@ def test_all_are_registered() -> None:
 
 @pytest.mark.parametrize("public", PUBLIC)
 def test_configuration(public: str) -> None:
-    """Parameters, drop path, and a state_dict of exactly the public keys and shapes."""
+    """Parameters, multiply-adds, drop path, and a state_dict of exactly the public keys and shapes."""
     expected = PUBLIC[public]
     side = expected["img_size"]
     with torch.device("meta"):
         model = timm.create_model(our_name(public)).eval()
         state_dict = {key: torch.empty(shape) for key, shape, *_ in expected["keys"]}
+        image = torch.empty(1, 3, side, side)
     assert sum(parameter.numel() for parameter in model.parameters()) == expected["params"]
     assert model.pretrained_cfg["input_size"] == (3, side, side)
     loaded = {key: value.shape for key, value in checkpoint_filter(model)(state_dict, model).items()}
     assert loaded == {key: value.shape for key, value in model.state_dict().items()}
     assert len(loaded) == len([key for key in state_dict if not key.endswith(REBUILT)])
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image)
+    assert counter.get_total_flops() == 2 * expected["macs"]
 
     rates = [module.drop_prob for module in model.modules() if isinstance(module, timm.layers.DropPath)]
     assert rates[-1] == pytest.approx(expected["config"]["drop_path_rate"])
