@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 # more than 20,480 elements (a smaller convolution takes another backend). One side is no multiple of stripes.
 SIZES = ((128, 224), (224, 160))
 
-DYNAMIC = [family for family in SMALL if family != "swin"]
+DYNAMIC = [*(family for family in SMALL if family != "swin"), "mila", "ravlt", "inline_deit"]
 
 
 @pytest.mark.parametrize("family", DYNAMIC)
