@@ -97,6 +97,18 @@ class Family:
             self.check(tensors, options)
         return self.reference(tensors, options)
 
+    def first_gradients(self, options: tuple, mask, grad_out: Tensor, tensors) -> Sequence[Tensor]:
+        """The same inside a kernel, where nobody differentiates again: by torch.autograd, which works under
+        torch's dispatch modes as well. Only inside torch.func's transforms does it not."""
+        if private.transforms_active():
+            return self.gradients(options, mask, grad_out, tensors)
+        with private.autograd_keys_on(), torch.enable_grad():
+            wanted = [t.detach().requires_grad_() for t in select(tensors, mask)]
+            if not wanted:
+                return []
+            out = self.reference(replace(tensors, mask, wanted), options)
+            return torch.autograd.grad(out, wanted, grad_out, allow_unused=True, materialize_grads=True)
+
     def gradients(self, options: tuple, mask, grad_out: Tensor, tensors) -> tuple[Tensor, ...]:
         """The gradients in `mask` through the reference, differentiable again."""
         return vjp(

@@ -201,7 +201,7 @@ def _autocast_off(t: Tensor) -> AbstractContextManager:
 
 def _gradients(family: Family, options: tuple, mask, grad_out: Tensor, tensors) -> list[Tensor]:
     with _autocast_off(grad_out):
-        gradients = family.gradients(options, mask_of(mask, tensors), grad_out, tensors)
+        gradients = family.first_gradients(options, mask_of(mask, tensors), grad_out, tensors)
     return [t.detach().contiguous() for t in gradients]
 
 
