@@ -209,9 +209,8 @@ class _Sharded:
         images = value.ndim == 5 or name not in self.rule.others or name in _OF_IMAGES
         if plan == "batch":
             return 0 if images else _WHOLE
-        if name == "state" or value.ndim == 5:
-            return 1
-        if name == "key_bias":
+        of_state = name == "state" or (name == "grad_out" and self.rule is _STATE)
+        if of_state or name == "key_bias" or value.ndim == 5:
             return 1
         if name == "rotary":
             return 1 if value.shape[1] == call[self.rule.tokens[0]].shape[2] // 2 else _WHOLE

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 import flatten_ext
-from flatten_ext import FocusedLinearAttention, attention, depthwise_conv, linear_attention
+from flatten_ext import (
+    FocusedLinearAttention,
+    attention,
+    attention_from_state,
+    attention_state,
+    depthwise_conv,
+    linear_attention,
+)
 
 HERE = Path(__file__).parent
 
@@ -100,6 +108,49 @@ def run_case(operator: str, lie: str, mesh) -> None:
     print("equal:", operator, lie, flush=True)
 
 
+def general_form(mesh, lie: str, per_head: bool) -> None:
+    """All arguments of the general form, then its two halves through a state; by images and by heads."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    torch.manual_seed(0)
+    shard: Any = {"batch": Shard(0), "channels": Shard(2), "whole": Replicate()}[lie]
+    q, k, v, gate = torch.randn(4, 4, 48, 32, dtype=torch.float64).unbind()
+    weight = torch.rand(4, 48, *([4] if per_head else []), dtype=torch.float64)
+    parameters = {
+        "rotary": torch.randn(48, 4 if per_head else 16, 2, dtype=torch.float64),
+        "key_bias": torch.randn(48, 32, dtype=torch.float64),
+        "dwc_weight": torch.randn(*((4, 32) if per_head else (8,)), 1, 3, 3, dtype=torch.float64),
+        "key_weight": weight,
+    }
+    options = {"feature_map": "elu", "normalizer": "magnitude", "gate_activation": "silu"}
+
+    def call(q, k, v, gate, rotary, key_bias, dwc_weight, key_weight, grad):
+        leaves = [x.requires_grad_() for x in (q, k, v, gate, key_bias, dwc_weight, key_weight)]
+        of_keys = {"rotary": rotary, "key_weight": key_weight}
+        out = attention(
+            q, k, v, 4, key_bias=key_bias, dwc_weight=dwc_weight, size=(8, 6), gate=gate, **of_keys, **options
+        )
+        state = attention_state(k, v, 4, None, key_bias, feature_map="relu", **of_keys)
+        out = out + attention_from_state(
+            q, state, 4, feature_map="relu", rotary=rotary, normalizer="subtract"
+        )
+        return out, state, torch.autograd.grad(out, leaves, grad)
+
+    cotangent = torch.randn(4, 48, 32, dtype=torch.float64)
+    whole = (q, k, v, gate, *parameters.values())
+    expected, state, gradients = call(*(x.clone() for x in whole), cotangent)
+    placed = [
+        distribute_tensor(x.detach(), mesh, [shard if i < 4 else Replicate()]) for i, x in enumerate(whole)
+    ]
+    out, sharded_state, found = call(*placed, distribute_tensor(cotangent, mesh, [shard]))
+    assert out.placements == (shard,)
+    assert sharded_state.placements == (Shard(1) if lie == "channels" else shard,)
+    torch.testing.assert_close(out.full_tensor(), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(sharded_state.full_tensor(), state, rtol=1e-12, atol=1e-12)
+    for actual, wanted in zip(found, gradients, strict=True):
+        torch.testing.assert_close(actual.full_tensor(), wanted, rtol=1e-11, atol=1e-11)
+
+
 def refusals(mesh) -> None:
     from torch.distributed.tensor import Replicate, distribute_tensor
 
@@ -151,6 +202,8 @@ def main(rank: int, meeting: str) -> None:
     mesh = init_device_mesh("cpu", (2,))
     for operator, lie in CASES:
         run_case(operator, lie, mesh)
+    for lie, per_head in itertools.product(("batch", "channels", "whole"), (True, False)):
+        general_form(mesh, lie, per_head)
     refusals(mesh)
     mesh_of_two_dimensions()
     module_by_images(mesh)
