@@ -251,3 +251,23 @@ def test_published_models(name: str, tmp_path: Path) -> None:
         x = torch.randn(batch, *size)
         with torch.no_grad():
             assert_close(run(tmp_path / "model.onnx", x), model(x))
+
+
+class General(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        options = {"feature_map": "elu", "rotary": "heads", "gate": "silu", "normalizer": "magnitude"}
+        self.attention = FocusedLinearAttention(16, 4, **options)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state = flatten_ext.attention_state(x, x, 4, feature_map="relu")
+        return self.attention(x, (4, 6)) + flatten_ext.attention_from_state(x, state, 4, feature_map="relu")
+
+
+def test_the_general_form_is_written_as_its_formula(tmp_path) -> None:
+    model, path = General().eval(), tmp_path / "general.onnx"
+    flatten_ext.onnx.export(model, torch.randn(2, 24, 16), path, dynamic="batch")
+    session = onnxruntime.InferenceSession(path)
+    x = torch.randn(5, 24, 16)
+    (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(out), model(x).detach(), rtol=1e-5, atol=1e-5)
