@@ -1,14 +1,12 @@
-// The operators' host code, once for all devices: check, allocate, run. A device is a class with
+// The operators' host code, once for all devices: check, allocate, run. A device is a class of static members:
 //
-//     static void check_values(const AttentionInputs&);          // of tensors whose values the host can read
-//     static bool takes(const AttentionInputs&), takes(const ConvInputs&);   // whether there are kernels for
-//     a
-//                                                                // call: the same in both directions
-//     static constexpr bool kHasStates;                          // whether it has kernels for states, and
-//     then static bool takes_state(const AttentionInputs&), takes_from_state(const AttentionInputs&);
-//     template <class Params> static void run(const Params&, const Tensor& on);   // the kernels
+//   check_values(op, inputs)   looks at tensors whose values the host can read
+//   takes(inputs)              whether it has kernels for a call, the same in both directions
+//   kHasStates                 whether it has kernels for states; then takes_state(inputs) and
+//                              takes_from_state(inputs) say for which calls
+//   run(params, on)            the kernels
 //
-// What a device does not take runs in plain torch (plain_torch.h).
+// A call that a device does not take runs in plain torch (plain_torch.h).
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -45,7 +43,7 @@ class Operators {
   static Tensor forward(AttentionArgs& args, Tensor* state = nullptr, std::int64_t saved_windows = 0) {
     AttentionForward forward;
     check(args, forward);
-    Device::check_values(forward);
+    Device::check_values("attention", forward);
     const Geometry& g = forward.geometry;
     check_saved_windows(saved_windows, args.q, g);
     Tensor out = empty_on_device_of(args.q, {g.batch, g.queries, g.value_channels()}, forward.dtype);
@@ -94,7 +92,7 @@ class Operators {
     given.end();
     AttentionBackward backward;
     check(args, backward);
-    Device::check_values(backward);
+    Device::check_values("attention", backward);
     backward.grad_out = check_grad_out("attention_backward", grad_out, args.q, backward.geometry);
     const SavedState saved = check_state(state, args.q, backward);
     backward.state = saved.data;
@@ -149,7 +147,7 @@ class Operators {
     given.end();
     StateForward forward;
     check(args, forward);
-    Device::check_values(forward);
+    Device::check_values("attention_state", forward);
     const Geometry& g = forward.geometry;
     Tensor state = empty_on_device_of(args.k, {g.batch, g.heads, g.head_dim + 1, g.value_dim + 1},
                                       accumulate_dtype(forward.dtype));
@@ -172,7 +170,7 @@ class Operators {
     given.end();
     StateBackward backward;
     check(args, backward);
-    Device::check_values(backward);
+    Device::check_values("attention_state", backward);
     backward.grad_state =
         check_whole_state("attention_state_backward", "grad_out", grad_out, args.k, backward);
     std::vector<Tensor> gradients = allocate_gradients(args, mask, backward);
@@ -192,7 +190,7 @@ class Operators {
     given.end();
     FromStateForward forward;
     check(args, forward);
-    Device::check_values(forward);
+    Device::check_values("attention_from_state", forward);
     const Geometry& g = forward.geometry;
     Tensor out = empty_on_device_of(args.q, {g.batch, g.queries, g.value_channels()}, forward.dtype);
     if (!is_empty(g) && !takes_from_state(forward)) {
@@ -213,7 +211,7 @@ class Operators {
     given.end();
     FromStateBackward backward;
     check(args, backward);
-    Device::check_values(backward);
+    Device::check_values("attention_from_state", backward);
     backward.grad_out = check_grad_out("attention_from_state_backward", grad_out, args.q, backward.geometry);
     backward.from = args.state.const_data_ptr();
     std::vector<Tensor> gradients = allocate_gradients(args, mask, backward);

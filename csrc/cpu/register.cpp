@@ -51,7 +51,7 @@ struct Divisors<Dtype::kFloat16> {
 
 /// On the CPU the values of `scale` are at hand, so a divisor that is none is found before anything is
 /// computed.
-void check_scale_values(const AttentionInputs& in) {
+void check_scale_values(const char* op, const AttentionInputs& in) {
   const Parameter& scale = in.mapping.scale;
   if (!scale) return;
   const std::int64_t channels = in.geometry.channels();
@@ -61,7 +61,7 @@ void check_scale_values(const AttentionInputs& in) {
     for (std::int64_t i = 0; i < channels; ++i) {
       if (bits[i] >= D::kLeast && bits[i] <= D::kMost) continue;
       const bool positive = bits[i] > 0 && bits[i] < D::kInfinity;
-      throw std::runtime_error("flatten.attention: scale[" + std::to_string(i) + "] is " +
+      throw std::runtime_error("flatten." + std::string(op) + ": scale[" + std::to_string(i) + "] is " +
                                (positive
                                     ? "below 2^-126 or above 2^126 (float64: 2^-1022, 2^1022), expected a "
                                       "number that has a reciprocal"
@@ -73,7 +73,7 @@ void check_scale_values(const AttentionInputs& in) {
 struct Cpu {
   static constexpr bool kHasStates = false;
 
-  static void check_values(const AttentionInputs& in) { check_scale_values(in); }
+  static void check_values(const char* op, const AttentionInputs& in) { check_scale_values(op, in); }
 
   template <class Inputs>
   static bool takes(const Inputs& in) {

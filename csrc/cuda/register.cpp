@@ -17,7 +17,7 @@ namespace {
 struct Cuda {
   static constexpr bool kHasStates = false;
 
-  static void check_values(const AttentionInputs&) {}  // reading them would wait for the device
+  static void check_values(const char*, const AttentionInputs&) {}  // reading them would wait for the device
 
   template <class Inputs>
   static bool takes(const Inputs& in) {

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import torch.autograd.forward_ad as fwd
-from bad_arguments import NESTED, inf, nan, nested, positive, quantized, randn
+from bad_arguments import NESTED, inf, nan, nested, positive, quantized, randn, with_entry
 
 import flatten_ext
 
@@ -280,6 +280,14 @@ def test_one_tensor_on_another_device(name: str, argument: str) -> None:
     function, make = OPERATORS[name]
     with pytest.raises(ERRORS, match=rf"flatten\.{name}: {argument} is on meta, expected \w+'s device cpu"):
         function(**{**make(), argument: make()[argument].to("meta")})
+
+
+@pytest.mark.parametrize("name", ["attention_state", "attention_from_state"])
+def test_divisors_are_looked_at(name: str) -> None:
+    function, make = OPERATORS[name]
+    changes = {"feature_map": "focused", "normalizer_k" if "k" in make() else "normalizer_q": None}
+    with words(name, "scale[3] is zero, negative, infinite or NaN"):
+        function(**{**make(), **changes, "scale": with_entry(0.0)})
 
 
 @pytest.mark.parametrize("grad_mode", [True, False])
