@@ -1,4 +1,5 @@
-// The operators' host code, once for all devices: check, allocate, run. A device is a class of static members:
+// The operators' host code, once for all devices: check, allocate, run. A device is a class with static
+// members:
 //
 //   check_values(op, inputs)   looks at tensors whose values the host can read
 //   takes(inputs)              whether it has kernels for a call, the same in both directions
