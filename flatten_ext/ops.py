@@ -188,7 +188,7 @@ def attention_state(
     key_weight: Tensor | None = None,
     normalizer_k: Tensor | None = None,
 ) -> Tensor:
-    """All that `attention` knows of its keys, additive over them: sum_j w_j [Kn_j; 1] [v_j; 1]^T.
+    """All that `attention` knows of its keys, additive over them: `sum_j w_j [Kn_j; 1] [v_j; 1]^T`.
 
     States of parts of the keys add up to the state of the whole: of shards of an image (all-reduce), frames
     of a video (running sums), tokens that come later. Gradients go through states. There are no windows and
@@ -246,8 +246,8 @@ def attention_from_state(
             float64 queries.
         rotary: (N, R, 2), the queries' table.
         normalizer_q: as q, with feature_map "none" alone: the queries of z, where they are not q.
-        num_heads, scale, focusing_factor, eps, feature_map, normalizer, similarity_scale, gate,
-            gate_activation: as in `attention`; the features' as of the state.
+        num_heads, scale, focusing_factor, eps, feature_map: as of the state.
+        normalizer, similarity_scale, gate, gate_activation: as in `attention`.
 
     Returns:
         (B, N, num_heads * D_v) in q's dtype; of a state without keys (W = 0) zeros.

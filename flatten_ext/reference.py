@@ -357,7 +357,7 @@ def attention_state(
     key_weight: Tensor | None = None,
     normalizer_k: Tensor | None = None,
 ) -> Tensor:
-    """`torch.ops.flatten.attention_state` in plain torch: sum_j w_j [Kn_j; 1] [v_j; 1]^T.
+    """`torch.ops.flatten.attention_state` in plain torch: `sum_j w_j [Kn_j; 1] [v_j; 1]^T`.
 
     Kd is in the last column.
     """

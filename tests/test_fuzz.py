@@ -158,6 +158,8 @@ def good_arguments(rng: random.Random, name: str) -> dict[str, Any]:
     if windowed and rng.random() < 0.6:
         where["shift"] = [rng.randrange(s) for s in where["window"]]
     if name == "depthwise_conv":
+        if rng.random() < 0.2:  # taps of each image's own
+            weight, bias = torch.randn(batch, channels, 1, *kernel, dtype=dtype), None
         return {"x": x["q"], "weight": weight, "bias": rng.choice([bias, None]), **where}
     taps = rng.choice([{"dwc_weight": weight, "dwc_bias": bias}, {"dwc_weight": None, "dwc_bias": None}])
     arguments = {**x, "num_heads": heads, **taps, **where, "eps": 1e-6}
