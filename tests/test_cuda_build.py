@@ -28,11 +28,11 @@ ARCHITECTURES = [80, 90]
 # Without machine code for an architecture: the units of the shapes the paper's models have, and those whose
 # kernels fill the registers.
 REPRESENTATIVE = re.compile(
-    r"forward_.*cubic|backward_(window_)?bf16_d(32|64)|backward_window_wide|ward_(bf16|fp16)_d128"
+    r"forward_.*cubic|backward_(window_)?bf16_d(32|64)|backward_window_wide|heads_(bf16|fp16)_d(64|128)"
     r"|general_forward_float32|general_backward_float32"
 )
 FAST = re.compile(r"flatten::cuda::tensorcore::")
-TENSOR = re.compile(r"tensorcore::(forward|backward)_")
+TENSOR = re.compile(r"tensorcore::(forward|backward)_|heads::(accumulate|multiply|differentiate|correlate)")
 
 
 def tool(name: str) -> str:
@@ -188,4 +188,4 @@ def test_units_are_those_of_the_table():
     folder = ROOT / "csrc" / "cuda"
     wanted = runpy.run_path(str(folder / "make_units.py"))["units"]()
     assert {path.name: path.read_text() for path in (folder / "units").iterdir()} == wanted
-    assert len(wanted) == 55
+    assert len(wanted) == 57

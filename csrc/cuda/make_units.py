@@ -37,6 +37,7 @@ TENSOR_CORE = {
         "WindowGradientKernels& window_gradient_kernels<$dtype, $dim>",
         "BackwardWindow<$type, $dim>",
     ),
+    "heads": ("heads::Kernels& heads::kernels<$dtype, $dim>", "heads::Launches<$type, $dim>"),
     "backward_window_wide": (
         "WindowGradientKernels& window_gradient_kernels<$dtype, $dim, kWideThreads>",
         "BackwardWindow<$type, $dim, kWideThreads>",
@@ -68,7 +69,7 @@ def unit(line: str, table: list[str]) -> str:
     kind, element, *more = line.split()
     values = {"type": TYPES[element]}
     if kind in GENERAL:
-        room = "general"
+        room = header = "general"
         if more == ["rare"]:
             lines = instantiations(RARE)
         else:
@@ -76,6 +77,7 @@ def unit(line: str, table: list[str]) -> str:
             lines = instantiations(elsewhere, "extern template") + instantiations(GENERAL[kind])
     else:
         room = "tensorcore"
+        header = "tensorcore/heads" if kind == "heads" else room
         function, kernels = TENSOR_CORE[kind]
         values |= {"dtype": DTYPES[element], "dim": more[0].removeprefix("d")}
         if more[1:]:
@@ -83,7 +85,7 @@ def unit(line: str, table: list[str]) -> str:
         lines = ["template <>", f"const {function}() {{", f"  return {kernels}::kKernels;", "}"]
     return Template(
         "// Made by make_units.py from units.txt.\n"
-        f'#include "../{room}/launch.cuh"\n\n'
+        f'#include "../{header}/launch.cuh"\n\n'
         f"namespace flatten::cuda::{room} {{\n"
         + "".join(f"{text}\n" for text in lines)
         + f"}}  // namespace flatten::cuda::{room}\n"

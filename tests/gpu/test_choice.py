@@ -14,6 +14,7 @@ from cases import half, make, on_map
 
 WINDOW, STATE, OUTPUT = "tensorcore::forward_window", "tensorcore::forward_state", "forward_output"
 WINDOW_BACK, QUERY, KEY = "tensorcore::backward_window", "tensorcore::backward_query", "backward_key"
+HEADS, HEADS_BACK = "tensorcore::heads::accumulate, multiply", "tensorcore::heads::multiply, differentiate"
 GENERAL_BACK = "general::gradient_of_query, gradient_of_key"
 
 # Of forward and backward: the kernels, and why they are general ones.
@@ -29,25 +30,15 @@ CHOICES = [
         ("general::attend_small", "neither bfloat16 nor float16"),
         (GENERAL_BACK, "neither bfloat16 nor float16"),
     ),
+    (half(on_map(7, 7, prefix=1, kernel=(5, 5))), (HEADS, None), (HEADS_BACK, None)),
+    (half(on_map(7, 7, heads=4, head_dim=24)), (HEADS, None), (HEADS_BACK, None)),
+    (half(on_map(7, 7, heads=2, head_dim=128)), (HEADS, None), (HEADS_BACK, None)),
+    (half(on_map(20, 20, heads=5, head_dim=64)), (HEADS, None), (HEADS_BACK, None)),
+    (half(on_map(20, 20, kernel=(3, 5))), (HEADS, None), (HEADS_BACK, None)),
     (
-        half(on_map(7, 7, prefix=1, kernel=(5, 5))),
-        ("general::attend_small", "tokens before the map"),
-        (GENERAL_BACK, "tokens before the map"),
-    ),
-    (
-        half(on_map(7, 7, heads=4, head_dim=24)),
-        ("general::attend_small", "a head dimension other than 16, 32, 64 and 128"),
-        (GENERAL_BACK, "a head dimension other than 16, 32, 64 and 128"),
-    ),
-    (
-        half(on_map(20, 20, heads=5, head_dim=64)),
-        ("general::attend", "more channels than a block has threads for"),
-        (GENERAL_BACK, "more channels than a block has threads for"),
-    ),
-    (
-        half(on_map(20, 20, kernel=(3, 5))),
-        ("general::attend", "taps other than 3 x 3, 5 x 5 and 7 x 7"),
-        (GENERAL_BACK, "taps other than 3 x 3, 5 x 5 and 7 x 7"),
+        half(on_map(7, 7, heads=2, head_dim=20)),
+        ("general::attend_small", "a head dimension that is no multiple of 8 up to 128"),
+        (GENERAL_BACK, "a head dimension that is no multiple of 8 up to 128"),
     ),
     (
         half(replace(on_map(20, 20), layout="misaligned")),
@@ -57,13 +48,9 @@ CHOICES = [
     (
         half(on_map(20, 20, heads=1, head_dim=64, kernel=(7, 7))),
         (f"{STATE}, {OUTPUT}", None),
-        (GENERAL_BACK, "7 x 7 taps with a head dimension of 64 or more"),
+        (HEADS_BACK, None),
     ),
-    (
-        half(on_map(8, 10, p=None)),
-        (f"{STATE}, {OUTPUT}", None),
-        (GENERAL_BACK, "features that are mapped already"),
-    ),
+    (half(on_map(8, 10, p=None)), (f"{STATE}, {OUTPUT}", None), (HEADS_BACK, None)),
 ]
 
 SCRIPT = """

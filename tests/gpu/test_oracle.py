@@ -43,8 +43,7 @@ FLOAT64 = [
     on_map(8, 8, window=(4, 4), shift=(1, 3), head_dim=16, kernel=(3, 3), p=2.5, dtype=torch.float64),
 ]
 
-# What the tensor-core kernels take, and its borders: every head size, kernel and power, windows, and prefix
-# tokens and head sizes that make them step aside.
+# What the tensor-core kernels take, and its borders: every head size, kernel and power, windows, prefixes.
 HALF = [
     half(on_map(7, 7, kernel=(5, 5))),
     half(on_map(7, 7, kernel=(5, 5)), FP16),
@@ -103,6 +102,37 @@ HALF = [
     on_map(12, 12, heads=2, kernel=(5, 5), dtype=FP16),
 ]
 
+# What only the tensor-core kernels with a head to a block take: tokens before the map, other head sizes, any
+# number of channels, taps of any size, and gradients of mapped features.
+HEADS = [
+    half(on_map(14, 14, prefix=1, heads=3, head_dim=64, batch=1, kernel=(5, 5), key_bias=True)),
+    half(on_map(6, 7, prefix=5, heads=2, kernel=(3, 3), key_bias=True), FP16),
+    half(on_map(6, 7, prefix=40, heads=1, head_dim=64, kernel=(5, 5), p=2.0)),
+    half(on_map(5, 5, prefix=1, heads=2, head_dim=64, p=2.5, key_bias=True), FP16),
+    half(on_map(14, 14, heads=5, head_dim=64, batch=1, kernel=(5, 5), key_bias=True)),
+    half(on_map(7, 7, heads=8, head_dim=64, kernel=(5, 5), tap_size=0.0), FP16),
+    half(on_map(7, 9, heads=24, head_dim=64, batch=1, kernel=(3, 3))),
+    half(on_map(14, 7, heads=16, batch=1, window=(7, 7), shift=(3, 2), kernel=(5, 5), key_bias=True)),
+    half(on_map(1, 150, keys=37, heads=5, head_dim=64, batch=1, key_bias=True)),
+    half(on_map(1, 40, keys=200, heads=8, head_dim=64, batch=1), FP16),
+    half(on_map(10, 20, heads=5, head_dim=24, batch=1, kernel=(5, 5), key_bias=True)),
+    half(on_map(7, 40, heads=3, head_dim=24, batch=1, kernel=(7, 7), per_channel=True, p=2.5), FP16),
+    half(on_map(7, 7, heads=3, head_dim=8, kernel=(5, 5), p=1.0)),
+    half(on_map(9, 9, heads=2, head_dim=48, batch=1, window=(3, 9), shift=(1, 0), kernel=(3, 5))),
+    half(
+        on_map(9, 9, heads=1, head_dim=40, batch=1, window=(9, 9), shift=(4, 7), kernel=(5, 3), key_bias=True)
+    ),
+    half(on_map(12, 6, heads=2, head_dim=96, batch=1, kernel=(5, 5), p=4.0)),
+    half(on_map(12, 6, heads=1, head_dim=128, batch=1, kernel=(9, 9), bias=False), FP16),
+    half(on_map(20, 18, heads=1, head_dim=64, batch=1, kernel=(7, 7), per_channel=True, key_bias=True)),
+    half(on_map(6, 6, heads=3, head_dim=128, batch=1, p=None, kernel=(5, 5)), FP16),
+    half(on_map(6, 6, heads=2, batch=1, p=None, prefix=1)),
+    half(on_map(40, 36, heads=1, head_dim=40, batch=1, prefix=3, kernel=(5, 5), key_bias=True)),
+    half(on_map(6, 6, heads=2, head_dim=24, magnitude=1e-3, value_magnitude=10.0, scale=False), FP16),
+    half(on_map(6, 6, heads=2, head_dim=24, magnitude=30.0, p=8.0, eps=0.0, key_bias=True)),
+    on_map(6, 6, prefix=2, heads=2, head_dim=48, kernel=(5, 5), dtype=BF16, key_bias=True),
+]
+
 
 def check(case: Case, gradients: bool = True) -> None:
     """Outputs and gradients of a case against the oracle."""
@@ -140,7 +170,7 @@ def test_matches_the_oracle(case):
     check(case)
 
 
-@pytest.mark.parametrize("case", HALF, ids=str)
+@pytest.mark.parametrize("case", HALF + HEADS, ids=str)
 def test_half_precision_matches_the_oracle(case):
     check(case)
 

@@ -9,15 +9,14 @@ namespace {
 
 struct Kernels {
   const BackwardKernels* passes = nullptr;
-  const WindowGradientKernels* window = nullptr;  // null for heads of 128
+  const WindowGradientKernels* window = nullptr;
   int window_threads = kBackwardThreads;
 };
 
 Kernels kernels_of(const AttentionBackward& p) {
   return with_half<Kernels>(p.dtype, [&](auto dtype) {
     return with_head_dim<Kernels>(p.geometry.head_dim, [&](auto head_dim) {
-      Kernels found{&backward_kernels<dtype, head_dim>()};
-      if constexpr (head_dim <= 64) found.window = &window_gradient_kernels<dtype, head_dim>();
+      Kernels found{&backward_kernels<dtype, head_dim>(), &window_gradient_kernels<dtype, head_dim>()};
       if constexpr (head_dim == 32) {
         if (p.geometry.channels() > kBackwardThreads) {
           found.window = &window_gradient_kernels<dtype, head_dim, kWideThreads>();
@@ -55,7 +54,7 @@ Plan plan_of(const AttentionBackward& p, const Device& device, const Kernels& ke
             Chunks(static_cast<int>(g.window_queries()), windows, kBackwardThreads / channels, device),
             Strips(keys, windows, device, fits)};
   const std::int64_t tokens = std::max(g.window_queries(), g.window_keys());
-  if (kernels.window && are_small_windows(tokens, windows) && taps != 7) {
+  if (are_small_windows(tokens, windows) && taps != 7) {
     for (int groups = keys.window_w <= kPatchColumns ? 1 : kMaxPatches; groups > 0 && !plan.groups;
          --groups) {
       const int shared = kernels.window->shared_bytes(taps, channels, groups, p.taps.per_channel,
@@ -186,9 +185,9 @@ struct Backward {
 
 }  // namespace
 
-/// As forward, but up to 256 channels only (384 in heads of 32 where windows are small), what shared memory
-/// holds of heads of 128, and no 7 x 7 taps from head dimension 64 on.
-Call choose(const AttentionBackward& p, const Device& device) {
+/// As forward, but up to 256 channels only (384 in heads of 32 where windows are small) and no 7 x 7 taps
+/// from head dimension 64 on.
+Call choose_all_heads(const AttentionBackward& p, const Device& device) {
   if (const char* why = unsuited(p, device)) return refuse(why);
   if (p.mapping.map != FeatureMap::kFocused) return refuse("features that are mapped already");
   if (p.geometry.head_dim >= 64 && taps_of(p) == 7) {  // their operands do not fit the registers

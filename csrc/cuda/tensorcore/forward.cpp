@@ -22,27 +22,24 @@ const ForwardKernels* kernels_of(const AttentionInputs& p) {
   });
 }
 
-/// Null for heads of 128.
 const WindowKernels* window_kernels_of(const AttentionInputs& p) {
   return with_half<const WindowKernels*>(p.dtype, [&](auto dtype) {
-    return with_head_dim<const WindowKernels*>(
-        p.geometry.head_dim, [&](auto head_dim) -> const WindowKernels* {
-          if constexpr (head_dim == 32 || head_dim == 64) {
-            if (is_cubic(p)) return &window_kernels<dtype, head_dim, kCubicMode<dtype>>();
-          }
-          if constexpr (head_dim < 128) return &window_kernels<dtype, head_dim, kRuntimeMode>();
-          return nullptr;
-        });
+    return with_head_dim<const WindowKernels*>(p.geometry.head_dim, [&](auto head_dim) {
+      if constexpr (head_dim == 32 || head_dim == 64) {
+        if (is_cubic(p)) return &window_kernels<dtype, head_dim, kCubicMode<dtype>>();
+      }
+      return &window_kernels<dtype, head_dim, kRuntimeMode>();
+    });
   });
 }
 
-/// No taps, 3 x 3 or 5 x 5; head dimensions up to 64.
+/// No taps, 3 x 3 or 5 x 5.
 Call choose_windows(const AttentionForward& p, const Device& device) {
   const Geometry& g = p.geometry;
   const WindowKernels* kernels = window_kernels_of(p);
   const std::int64_t tokens_of_one = g.window_h * g.window_w, windows = g.batch * g.windows();
   const int taps = taps_of(p), channels = static_cast<int>(g.channels());
-  if (!kernels || taps == 7) return refuse("7 x 7 taps or heads of 128");
+  if (taps == 7) return refuse("7 x 7 taps");
   if (g.queries != g.keys || g.window_h < kStepRows || g.window_w < kStepRows) return refuse("no windows");
   if (!are_small_windows(tokens_of_one, windows)) return refuse("large windows");
   if (channels > max_threads(static_cast<int>(g.head_dim), taps)) return refuse(kTooWide);
@@ -185,7 +182,7 @@ StateParams state_params_of(const AttentionInputs& p, const WindowGrid& keys, co
           /*partial=*/nullptr};
 }
 
-Call choose(const AttentionForward& p, const Device& device) {
+Call choose_all_heads(const AttentionForward& p, const Device& device) {
   if (const char* why = unsuited(p, device)) return refuse(why);
   if (!aligned(p.out)) return refuse(kUnaligned);
   if (Call call = choose_windows(p, device)) return call;

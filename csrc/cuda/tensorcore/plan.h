@@ -85,7 +85,6 @@ R with_head_dim(std::int64_t head_dim, F&& f) {
   if (head_dim == 16) return f(std::integral_constant<int, 16>());
   if (head_dim == 32) return f(std::integral_constant<int, 32>());
   if (head_dim == 64) return f(std::integral_constant<int, 64>());
-  if (head_dim == 128) return f(std::integral_constant<int, 128>());
   return R();
 }
 
@@ -94,16 +93,29 @@ constexpr const char* kUnaligned = "rows of a token tensor are not aligned to 16
 constexpr const char* kTooWide =
     "more channels than a block has threads for: 384, 256 from head dimension 64 on";
 constexpr const char* kTooManyWindows = "more than 65535 windows";
+constexpr const char* kTooOld = "a GPU before compute capability 8.0, or no kernels built for it";
+constexpr const char* kNotHalf = "neither bfloat16 nor float16";
 constexpr const char* kTooMuchShared = "more shared memory than this GPU gives a block";
+
+/// What of a call goes beyond focused and mapped features with their plain sums; null: nothing.
+inline const char* more_general(const AttentionInputs& p) {
+  if (p.mapping.map != FeatureMap::kFocused && p.mapping.map != FeatureMap::kNone) {
+    return "a feature map other than the focused one";
+  }
+  if (!p.general.is_plain() || p.taps.per_image || p.geometry.value_dim != p.geometry.head_dim) {
+    return "the general form of linear attention";
+  }
+  return nullptr;
+}
 
 /// What of a call's shape and layout the kernels do not take at all; null: nothing.
 inline const char* unsuited(const AttentionInputs& p, const Device& device) {
   const Geometry& g = p.geometry;
-  if (device.compute_capability < 80)
-    return "a GPU before compute capability 8.0, or no kernels built for it";
-  if (p.dtype != Dtype::kBFloat16 && p.dtype != Dtype::kFloat16) return "neither bfloat16 nor float16";
+  if (device.compute_capability < 80) return kTooOld;
+  if (p.dtype != Dtype::kBFloat16 && p.dtype != Dtype::kFloat16) return kNotHalf;
+  if (const char* why = more_general(p)) return why;
   if (!with_head_dim<bool>(g.head_dim, [](auto) { return true; })) {
-    return "a head dimension other than 16, 32, 64 and 128";
+    return "a head dimension other than 16, 32 and 64";
   }
   if (g.prefix != 0) return "tokens before the map";
   if (g.batch < 1 || g.queries < 1) return "nothing to compute";
@@ -123,6 +135,16 @@ inline const char* unsuited(const AttentionInputs& p, const Device& device) {
 }
 
 inline Call refuse(const char* why) { return {nullptr, why, 0, {}}; }
+
+/// The kernels whose blocks take all heads of their tokens: the models' usual calls, at the least cost.
+Call choose_all_heads(const AttentionForward& p, const Device& device);
+Call choose_all_heads(const AttentionBackward& p, const Device& device);
+
+/// The kernels whose blocks take one head: every other call that tensor cores can do.
+namespace heads {
+Call choose(const AttentionForward& p, const Device& device);
+Call choose(const AttentionBackward& p, const Device& device);
+}  // namespace heads
 
 /// Small windows are a block's each: up to so many tokens, since their V stays in shared memory and their
 /// products in registers. Of more than kFewTokens, which take a block many steps, there have to be many.
