@@ -32,7 +32,7 @@ python -m pytest -q -n 2 --dist worksteal -m "not gpu and not packaging and not 
 
 step "packaging tests"
 # CMake in one process, installing in the other.
-python -m pytest -q -n 2 --dist loadfile -m packaging
+python -m pytest -q -n 2 --dist loadfile -m "packaging and not slow"
 
 step "bad arguments under AddressSanitizer"
 bash tests/sanitizer.sh

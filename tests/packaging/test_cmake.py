@@ -1,4 +1,4 @@
-"""The CMake build: its own tests, an installation, and a program that finds it there."""
+"""The CMake build: its own tests, an installation, and programs that find it there."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
 import torch
 from building import CPU_ONLY, ROOT, run
+
+import flatten_ext.models  # noqa: F401  registers them
 
 TORCH = f"-DTorchStable_ROOT={torch.__path__[0]}"
 
@@ -87,3 +91,61 @@ def test_find_package(build: Path, tmp_path: Path) -> None:
     assert re.search(r"100% tests passed.* out of 1$", passed, re.M)  # releases of CMake word it differently
     library = next(prefix.rglob("libflatten.so"))
     assert "libpython" not in run("ldd", library, cwd=tmp_path)
+
+
+# ----------------------------------------------------------- models that AOTInductor compiled, without Python
+@pytest.fixture(scope="module")
+def program(build: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """examples/cpp, built against the installed package."""
+    folder = tmp_path_factory.mktemp("program")
+    run("cmake", "--install", build, "--prefix", folder / "prefix", cwd=folder)
+    options = [f"-DCMAKE_PREFIX_PATH={folder / 'prefix'}", TORCH, "-DCMAKE_CXX_FLAGS_RELEASE=-O0"]
+    run("cmake", "-S", ROOT / "examples" / "cpp", "-B", folder / "build", "-G", "Ninja", *options, cwd=folder)
+    run("cmake", "--build", folder / "build", cwd=folder)
+    return folder / "build" / "run_package"
+
+
+def compare(program: Path, folder: Path, model: torch.nn.Module, images: torch.Tensor) -> None:
+    with torch.no_grad():
+        exported = torch.export.export(model.eval(), (images,))
+        assert any("flatten.attention" in str(node.target) for node in exported.graph.nodes)
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(folder / "model.pt2"))
+        expected = model(images).numpy()
+    images.numpy().tofile(folder / "images.f32")
+    sizes = [str(images.shape[i]) for i in (0, 2, 3)]
+    files = [folder / name for name in ("model.pt2", "images.f32", "logits.f32")]
+    run(program, *files, *sizes, cwd=folder, env={"PYTHONHOME": "/nowhere"})
+    logits = np.fromfile(folder / "logits.f32", np.float32).reshape(expected.shape)
+    # Of two compilers: rounded differently, and no more.
+    assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_there_is_no_python_in_it(program: Path, tmp_path: Path) -> None:
+    linked = run("ldd", program, cwd=tmp_path)
+    assert "libflatten" in linked
+    assert "libpython" not in linked
+
+
+def test_a_small_model(program: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "flatten_swin_tiny",
+        img_size=64,
+        depths=(1, 1, 1, 1),
+        embed_dim=24,
+        num_heads=(1, 2, 4, 8),
+        num_classes=10,
+    )
+    compare(program, tmp_path, model, torch.randn(2, 3, 64, 64))
+
+
+def test_a_file_of_another_size_is_an_error(program: Path, tmp_path: Path) -> None:
+    torch.zeros(5).numpy().tofile(tmp_path / "images.f32")
+    with pytest.raises(AssertionError, match=r"images.f32 does not have 192 numbers of float32"):
+        run(program, "model.pt2", "images.f32", "out.f32", "1", "8", "8", cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_flatten_swin_t(program: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    compare(program, tmp_path, timm.create_model("flatten_swin_tiny"), torch.randn(1, 3, 224, 224))
