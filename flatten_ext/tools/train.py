@@ -2,15 +2,18 @@
 
 Everything random in a step (augmentation, mixing, dropout) is seeded by (seed, epoch, step) alone, so a
 checkpoint needs no generator states, and a run that was killed at any moment ends in the same weights as one
-that was not.
+that was not. The processes that torchrun starts train one model together (DistributedDataParallel): the
+images of every step are divided into equal parts, `accumulate` for each process, which are augmented, mixed
+and seeded by themselves. So the weights depend on the number of parts, and not on who computes them.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +26,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from flatten_ext.errors import InputError, blamed_on, one_line
 from flatten_ext.models.convert import convert
@@ -33,6 +36,7 @@ from flatten_ext.tools.data import Replayable, open_dataset, seed_everything
 from flatten_ext.tools.devices import find_device
 from flatten_ext.tools.evaluate import autocast, evaluate
 from flatten_ext.tools.lock import FolderLock
+from flatten_ext.tools.processes import Processes
 from flatten_ext.tools.recipe import TrainConfig
 
 __all__ = ["TrainConfig", "Trainer", "distillation_loss"]
@@ -57,11 +61,15 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig):
-        self.config, self.device = config, find_device(config.device)
+        self.config, self.processes = config, Processes(config.device)
+        self.device = find_device(self.processes.own_device(config.device))
         self.output = Path(config.output)
-        try_folder(self.output, *_FILES)
-        self._lock = FolderLock(self.output)
+        self._lock: FolderLock | None = None
         try:
+            if self.processes.first:
+                try_folder(self.output, *_FILES)
+                self._lock = FolderLock(self.output)
+                remove_unfinished(*(self.output / name for name in _FILES))
             self._build()
         except BaseException:
             self.close()
@@ -69,11 +77,13 @@ class Trainer:
 
     def close(self) -> None:
         """Lets another run have the folder."""
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
+        self.processes.leave()
 
     def _build(self) -> None:
         config = self.config
-        remove_unfinished(*(self.output / name for name in _FILES))
+        self.parts = self.processes.count * config.accumulate
         seed_everything(config.seed)
         train_set, self.val_set = open_dataset(config.data, True), open_dataset(config.data, False)
         self.classes = list(train_set.classes)
@@ -89,7 +99,7 @@ class Trainer:
             with blamed_on(f"convert {config.convert!r} of {config.model}", ValueError, TypeError):
                 convert(model, config.convert, img_size=config.img_size)
         self.model = model.to(self.device)
-        self.steps_per_epoch = max(len(self.train_set) // config.batch_size, 1)
+        self._divide()
         self._make_optimizer()
         self.epoch = self.step = 0  # step counts within the epoch
         self.history: list[dict[str, Any]] = []
@@ -100,6 +110,24 @@ class Trainer:
             networks.try_forward(self.teacher, size, f"img_size {config.img_size}: teacher {config.teacher}")
         if (self.output / "last.pt").exists():
             self._resume()
+        places = self.processes.all_of((self.epoch, self.step))
+        if len(set(places)) > 1:
+            raise InputError(
+                f"output {self.output} is not the same folder for all processes: by its last.pt they stand "
+                f"at (epoch, step) {', '.join(map(str, places))}"
+            )
+        self.parallel = self.processes.parallel(self.model, self.device)
+
+    def _divide(self) -> None:
+        """How many steps an epoch has, and how many images one part of a step."""
+        images, size = len(self.train_set), self.config.batch_size
+        self.part = min(size, images) // self.parts
+        if self.part == 0 or size % self.parts:
+            raise InputError(
+                f"batch_size is {size} (of {images} images), expected a multiple of {self.parts}: "
+                f"{self.processes.count} processes take {self.config.accumulate} parts each"
+            )
+        self.steps_per_epoch = max(images // size, 1)
 
     def _set_transforms(self, model: nn.Module, train_set: Any) -> None:
         config = self.config
@@ -175,8 +203,8 @@ class Trainer:
             total = self.config.epochs * self.steps_per_epoch
             while self.epoch < self.config.epochs:
                 self.model.train()
-                for images, labels in self._batches():
-                    loss = self._train_step(images, labels)
+                for parts in self._steps():
+                    loss = self._train_step(parts)
                     self.step += 1
                     if progress is not None:
                         progress(self.epoch * self.steps_per_epoch + self.step, total, loss)
@@ -187,41 +215,40 @@ class Trainer:
             self.close()
         return self.history
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The rest of this epoch's batches: a permutation of the images, cut into whole batches."""
+    def _steps(self) -> Iterator[Iterable[tuple[Tensor, Tensor]]]:
+        """The rest of this epoch's steps, of each the parts that are this process's. The epoch is a
+        permutation of the images, cut into whole steps."""
         config, epoch = self.config, self.epoch
         self.train_set.epoch = epoch
         order = torch.randperm(
             len(self.train_set), generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
         ).tolist()
-        size = min(config.batch_size, len(order))
-        batches = [order[i * size : (i + 1) * size] for i in range(self.steps_per_epoch)]
-        yield from DataLoader(
-            self.train_set,
-            batch_sampler=batches[self.step :],
-            num_workers=config.workers,
-            pin_memory=self.device.type == "cuda",
+        first = self.processes.rank * config.accumulate
+        parts = [
+            order[(step * self.parts + part) * self.part :][: self.part]
+            for step in range(self.step, self.steps_per_epoch)
+            for part in range(first, first + config.accumulate)
+        ]
+        loader = iter(
+            DataLoader(
+                self.train_set,
+                batch_sampler=parts,
+                num_workers=config.workers,
+                pin_memory=self.device.type == "cuda",
+            )
         )
+        for _ in range(self.step, self.steps_per_epoch):
+            yield itertools.islice(loader, config.accumulate)
 
-    def _train_step(self, images: Tensor, labels: Tensor) -> float:
-        config = self.config
-        seed_everything(config.seed, self.epoch, len(self.train_set) + self.step)
-        images = images.to(self.device, non_blocking=True)
-        targets: Tensor = labels.to(self.device, non_blocking=True)
-        smoothing = config.smoothing
-        if self.mixup is not None and len(images) % 2 == 0:
-            images, targets = self.mixup(images, targets)
-            smoothing = 0.0  # the mixed targets are smoothed already
-        with autocast(self.device, config.amp):
-            logits = self.model(images)
-            loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
-            if self.teacher is not None:
-                with torch.no_grad():
-                    taught = self.teacher(images)
-                imitation = distillation_loss(logits, taught, config.temperature)
-                loss = (1 - config.distillation) * loss + config.distillation * imitation
+    def _train_step(self, parts: Iterable[tuple[Tensor, Tensor]]) -> float:
+        config, losses = self.config, 0.0
         self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
+        for number, (images, labels) in enumerate(parts, 1):
+            with self.processes.apart(self.parallel, number < config.accumulate):
+                part = self.processes.rank * config.accumulate + number - 1
+                loss = self._loss(images, labels, part) / config.accumulate
+                self.scaler.scale(loss).backward()
+            losses += float(loss.detach())
         if config.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
@@ -231,34 +258,69 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.model, step=updates)
         self.scheduler.step_update(updates)
-        value = float(loss.detach())
-        if value != value:
+        if losses != losses:
             raise FloatingPointError(f"the loss is NaN at epoch {self.epoch}, step {self.step}")
-        return value
+        return losses
+
+    def _loss(self, images: Tensor, labels: Tensor, part: int) -> Tensor:
+        config = self.config
+        key = (config.seed, self.epoch, len(self.train_set) + self.step)
+        seed_everything(*key, *((part,) if self.parts > 1 else ()))
+        images = images.to(self.device, non_blocking=True)
+        targets: Tensor = labels.to(self.device, non_blocking=True)
+        smoothing = config.smoothing
+        if self.mixup is not None and len(images) % 2 == 0:
+            images, targets = self.mixup(images, targets)
+            smoothing = 0.0  # the mixed targets are smoothed already
+        with autocast(self.device, config.amp):
+            logits = self.parallel(images)
+            loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+            if self.teacher is not None:
+                with torch.no_grad():
+                    taught = self.teacher(images)
+                imitation = distillation_loss(logits, taught, config.temperature)
+                loss = (1 - config.distillation) * loss + config.distillation * imitation
+        return loss
 
     def _end_epoch(self, loss: float) -> None:
         config = self.config
         model = self.model if self.ema is None else self.ema.module
-        result = evaluate(
-            model,
-            self.val_set,
-            batch_size=config.batch_size,
-            workers=config.workers,
-            device=self.device,
-            amp=config.amp,
-        )
+        (loss,) = self.processes.sums((loss / self.processes.count,), self.device)
+        result = self._evaluate(model)
         rate = self.optimizer.param_groups[0]["lr"]
-        self.history.append(
-            {"epoch": self.epoch, "train_loss": loss, "lr": rate}
-            | {key: result[key] for key in ("loss", "top1", "top5")}
-        )
+        self.history.append({"epoch": self.epoch, "train_loss": loss, "lr": rate} | result)
         self.epoch, self.step = self.epoch + 1, 0
         if result["top1"] > self.best:
             self.best = result["top1"]
             weights = {"state_dict": model.state_dict(), "config": asdict(config), "classes": self.classes}
-            write_torch(self.output / "best.pt", weights)
+            if self.processes.first:
+                write_torch(self.output / "best.pt", weights)
         self._save()
-        self._write_history()
+        if self.processes.first:
+            self._write_history()
+
+    def _evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Loss, top1 and top5 of the held-out images, of which each process takes its share."""
+        config, processes = self.config, self.processes
+        own = range(processes.rank, len(self.val_set), processes.count)
+        keys, result = ("loss", "top1", "top5"), {}
+        if len(own):
+            result = evaluate(
+                model,
+                self.val_set if processes.count == 1 else Subset(self.val_set, own),
+                batch_size=config.batch_size,
+                workers=config.workers,
+                device=self.device,
+                amp=config.amp,
+            )
+        if processes.count == 1:
+            return {key: result[key] for key in keys}
+        sums = processes.sums([result.get(key, 0.0) * len(own) for key in keys], self.device)
+        means = dict(zip(keys, (total / len(self.val_set) for total in sums), strict=True))
+        # Percentages of a whole number of images, free of the rounding of their parts.
+        for key in ("top1", "top5"):
+            means[key] = 100 * round(means[key] * len(self.val_set) / 100) / len(self.val_set)
+        return means
 
     def _write_history(self) -> None:
         write_text(self.output / "history.json", json.dumps(self.history, indent=1) + "\n")
@@ -272,6 +334,7 @@ class Trainer:
             "history": self.history,
             "classes": self.classes,
             "images": self.images,
+            "parts": self.parts,
             "state_dict": self.model.state_dict(),
             "state_dict_ema": None if self.ema is None else self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -279,7 +342,8 @@ class Trainer:
         }
 
     def _save(self) -> None:
-        write_torch(self.output / "last.pt", self._state())
+        if self.processes.first:
+            write_torch(self.output / "last.pt", self._state())
 
     def _read(self, path: Path) -> dict[str, Any]:
         """last.pt, whole and undamaged."""
@@ -294,7 +358,7 @@ class Trainer:
             ) from error
         if damaged is not None:
             raise InputError(f"{path} is damaged (in {damaged}): move it away to begin anew")
-        expected = set(self._state()) - {"images"}  # which version 0.1 did not keep
+        expected = set(self._state()) - {"images", "parts"}  # which version 0.1 did not keep
         missing = sorted(key for key in expected if not isinstance(saved, dict) or key not in saved)
         if missing:
             raise InputError(f"{path} is no checkpoint of this program: it has no {', '.join(missing)}")
@@ -304,11 +368,17 @@ class Trainer:
         path = self.output / "last.pt"
         saved = self._read(path)
         ours, theirs = asdict(self.config), saved["config"]
-        free = ("output", "workers", "device", "save_every")  # may change between the parts of a run
+        # May change between the parts of a run; who computes a step's parts, but not how many they are.
+        free = ("output", "workers", "device", "save_every", "accumulate")
         different = [key for key in ours if key not in free and ours[key] != theirs.get(key)]
         if different:
             changes = ", ".join(f"{key}: {theirs.get(key)} there, {ours[key]} here" for key in different)
             raise InputError(f"{path} is of a run with another configuration ({changes})")
+        if (parts := saved.get("parts", 1)) != self.parts:
+            raise InputError(
+                f"{path} is of a run whose steps have {parts} parts, here {self.parts}: processes * "
+                "accumulate has to stay"
+            )
         if saved["classes"] != self.classes:
             before, now = saved["classes"], self.classes
             named = [f"{a} there, {b} here" for a, b in zip(before, now, strict=False) if a != b]
@@ -333,5 +403,5 @@ class Trainer:
         written = None
         with suppress(OSError, ValueError):
             written = json.loads(history.read_text(encoding="utf-8"))
-        if self.history and written != self.history:
+        if self.processes.first and self.history and written != self.history:
             self._write_history()

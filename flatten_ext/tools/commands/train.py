@@ -23,6 +23,8 @@ def register(app: typer.Typer) -> None:
 
         Writes last.pt, best.pt and history.json into the folder. Run the same command again after an
         interruption of any kind: the result is the one that an undisturbed run gives.
+
+        On several GPUs or machines: torchrun --nproc-per-node 4 -m flatten_ext train ...
         """
         require("timm", "models", "training")
         from flatten_ext.tools.data import is_divided
@@ -30,7 +32,7 @@ def register(app: typer.Typer) -> None:
 
         config = TrainConfig(**options | {"amp": options["amp"].value})
         trainer = Trainer(config)
-        console = Console()
+        console = Console(quiet=not trainer.processes.first)
         if not is_divided(config.data):
             console.print(
                 f"{config.data} has no train/ and val/: every fifth image of each class is held out "
