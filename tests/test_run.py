@@ -75,8 +75,9 @@ def test_as_python_runs_it(place: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ((), "expected SCRIPT"),
-        (("-m",), "expected SCRIPT"),
+        ((), r"expected \[--onnx\] SCRIPT"),
+        (("--onnx",), r"expected \[--onnx\] SCRIPT"),
+        (("-m",), r"expected \[--onnx\] SCRIPT"),
         (("nowhere.py",), "script nowhere.py does not exist"),
         (("-m", "nowhere.at_all"), "module nowhere.at_all"),
         (("-m", "nowhere"), "module nowhere is not installed"),

@@ -19,17 +19,20 @@ def program(arguments: Sequence[str]) -> Callable[[], None]:
     """What runs a script, or with "-m" a module, as Python itself does, after `import flatten_ext.models`.
 
     Args:
-        arguments: [SCRIPT, ...] or ["-m", MODULE, ...]; the rest is the program's own.
+        arguments: [SCRIPT, ...] or ["-m", MODULE, ...]; the rest is the program's own. With "--onnx" before
+            them torch's ONNX exporter knows the operators too (`flatten_ext.onnx.register`).
 
     Raises:
         InputError: no program is named, or there is none of that name.
-        MissingExtra: timm is not installed.
+        MissingExtra: timm is not installed, or onnx and onnxscript are not and "--onnx" asks for them.
     """
     arguments = list(arguments)
+    with_onnx = arguments[:1] == ["--onnx"]
+    arguments = arguments[with_onnx:]
     as_module = arguments[:1] == ["-m"]
     name, *rest = arguments[as_module:] or [""]
     if not name:
-        raise InputError("expected SCRIPT [ARGUMENTS] or -m MODULE [ARGUMENTS]")
+        raise InputError("expected [--onnx] SCRIPT [ARGUMENTS] or [--onnx] -m MODULE [ARGUMENTS]")
     if as_module:
         # As `python -m`: modules of the working folder first.
         sys.path[0] = os.getcwd()
@@ -41,6 +44,8 @@ def program(arguments: Sequence[str]) -> Callable[[], None]:
         raise InputError(f"script {name} does not exist (a module is run by -m {name})")
     require("timm", "models", "the models")
     require("flatten_ext.models", "models", "the models")  # registers them with timm
+    if with_onnx:
+        require("flatten_ext.onnx", "onnx", "export to ONNX").register()
 
     def start() -> None:
         sys.argv = [name, *rest]
