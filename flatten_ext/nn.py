@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,9 @@ class FocusedLinearAttention(FocusedAttention):
             own (MLLA's); True is "heads". See `flatten_ext.rotary_table`; prefix tokens are not rotated.
         gate: multiplies what is attended to by a projection of the tokens, the layer `gate`: "none" as it is
             (True is the same), "silu" or "sigmoid" through that function; None or False for no gate.
+        process_group: a torch.distributed.ProcessGroup (or the name of one) whose processes each call the
+            module with a strip of rows of one map: see `flatten_ext.distributed.attention`, also for what
+            becomes of the parameters' gradients. None for whole maps.
         device, dtype: of the parameters, as of torch's layers.
 
     Raises:
@@ -85,6 +88,7 @@ class FocusedLinearAttention(FocusedAttention):
         gate: bool | str | None = None,
         normalizer: str = "divide",
         similarity_scale: float = 1.0,
+        process_group: Any = None,
     ):
         window, shift = _pair("window", window, 1), _pair("shift", shift, 0)
         positional_encoding = _pair("positional_encoding", positional_encoding, 1)
@@ -97,6 +101,8 @@ class FocusedLinearAttention(FocusedAttention):
                 f"positional_encoding is {positional_encoding}, expected {window}: with a window it is "
                 "learned for the places in the window"
             )
+        if process_group is not None and num_prefix_tokens:
+            raise ValueError(f"num_prefix_tokens is {num_prefix_tokens}, expected 0 with a process_group")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
             dim,
@@ -115,6 +121,8 @@ class FocusedLinearAttention(FocusedAttention):
         self.gate_activation = _activation(gate)
         self.gate: Any = None if self.gate_activation is None else nn.Linear(dim, dim, **factory)
         self.window, self.shift = window, shift
+        # By its name, so that the module can be copied and pickled.
+        self.process_group: str | None = getattr(process_group, "group_name", process_group)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
         self.proj = nn.Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -133,11 +141,13 @@ class FocusedLinearAttention(FocusedAttention):
         size: Sequence[int] | None = None,
         key_padding_mask: Tensor | None = None,
         context: Tensor | None = None,
+        *,
+        strip: Sequence[int] | None = None,
     ) -> Tensor:
         """(B, num_prefix_tokens + H*W, C) -> the same.
 
         Args:
-            size: (H, W) of the map; may be left out for a square one.
+            size: (H, W) of the map; may be left out for a square one. With `process_group` that of the strip.
             key_padding_mask: (B, M) bool as torch.nn.MultiheadAttention takes it: **True where a token is
                 padding**, which nothing attends to and no tap sees, as if the map ended there. (The opposite
                 of scaled_dot_product_attention's mask and of the operator's `key_weight`.) M = N, or the
@@ -145,6 +155,9 @@ class FocusedLinearAttention(FocusedAttention):
             context: (B, M, C) tokens to attend to in place of `x` (cross-attention). Both may be of any
                 number, and `size` is not read. A module without convolution, window, rotation and positional
                 encoding can take it, as these are about one map.
+            strip: (first row, rows of the whole map), where this process's strip lies. Needed where
+                `process_group` meets a positional encoding or rotation of the whole map, and taken with the
+                former alone.
 
         Raises:
             ValueError: `x` is not (B, N, dim), or its tokens tile no square map and `size` was left out;
@@ -156,23 +169,63 @@ class FocusedLinearAttention(FocusedAttention):
         if isinstance(context, Proxy):
             _refuse_context(context)
             context = None
+        if self.process_group is None and not isinstance(strip, Proxy) and strip is not None:
+            raise ValueError(f"strip is {strip}, expected None without a process_group")
+        if self.process_group is not None and context is not None:
+            raise ValueError("context was given to a module with process_group, expected one without it")
         general: dict[str, Any] = {}
         if self.gate is not None:
             general = {"gate": self.gate(x), "gate_activation": self.gate_activation}
         if context is None:
             size = _map(x.shape[1], size, self.num_prefix_tokens)
             q, k, v = self.qkv(x).unflatten(-1, (3, self.dim)).unbind(-2)
-            if self.rotary is not None:
+            if self.rotary is not None and self.process_group is None:
                 general["rotary"] = self.rotary_table(size, x)
         else:
             q, k, v = self._cross(x, context)
         if key_padding_mask is not None:
             v, general["key_weight"] = _without_padding(v, key_padding_mask)
-        if context is None:
+        if self.process_group is not None:
+            out = self._attend_in_group(q, k, v, size, strip, general)  # type: ignore[arg-type]
+        elif context is None:
             out = self.attend(q, k, v, size, self.window, self.shift, **general)  # type: ignore[arg-type]
         else:
             out = attention(q, k, v, self.num_heads, **self.form(), **general)
         return self.proj_drop(self.proj(out))
+
+    def _attend_in_group(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        size: Size,
+        strip: Sequence[int] | None,
+        general: dict[str, Any],
+    ) -> Tensor:
+        from . import distributed  # torch's distributed modules, which few need
+
+        def rows(of_map: Callable[[Size], Any], dim: int) -> Any:
+            """What belongs to the strip's tokens, of a table for those of the whole map or of a window."""
+            if self.window is not None:
+                return of_map(self.window)
+            if strip is None or not 0 <= strip[0] <= strip[1] - size[0]:
+                raise ValueError(
+                    f"strip is {strip}, expected (first row, rows of the whole map) of this process's "
+                    f"{size[0]} rows, to find their positions"
+                )
+            return of_map((strip[1], size[1])).narrow(dim, strip[0] * size[1], size[0] * size[1])
+
+        if self.positional_encoding is not None:
+            general["key_bias"] = rows(self.encoding, 1)[0]
+        if self.rotary is not None:
+            general["rotary"] = rows(lambda whole: self.rotary_table(whole, q), 0)
+        weight, bias, called = self._depthwise_branch(v.device)
+        if called:
+            raise ValueError("dwc is no plain nn.Conv2d, or has hooks: expected one with a process_group")
+        return distributed.attention(
+            q, k, v, self.num_heads, dwc_weight=weight, dwc_bias=bias, size=size, group=self.process_group,
+            window=self.window, shift=self.shift, **self.form(), **general,
+        )  # fmt: skip
 
     def rotary_table(self, size: Sequence[int], like: Tensor) -> Tensor:
         """The table that `rotary` rotates by on a map of `size`, on the device of `like`."""
