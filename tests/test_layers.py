@@ -87,7 +87,7 @@ PYTHON_FLOORS = (
     ("flatten_ext.rotary", "flatten_ext.reference"),
     ("flatten_ext._torch",),
     ("flatten_ext.ops",),
-    ("flatten_ext._focused", "flatten_ext._grids", "flatten_ext._layers"),
+    ("flatten_ext._focused", "flatten_ext._grids", "flatten_ext._layers", "flatten_ext.distributed"),
     ("flatten_ext.nn",),
     ("flatten_ext",),  # and what is not named here
     ("flatten_ext.models",),
