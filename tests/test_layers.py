@@ -98,7 +98,7 @@ CSRC_FLOORS = (
     ("cpu/vec", "cpu/workspace.h", "cpu/kernels.h", "cpu/isa.h", "cpu/large_pages.h"),
     ("cpu/kernels",),
     ("cpu/isa",),
-    ("dtypes.h", "show.h", "arguments.h", "outputs.h"),
+    ("dtypes.h", "show.h", "arguments.h", "states.h", "checker.h", "outputs.h", "plain_torch.h"),
     ("operators.h",),
     ("cuda/launch.h", "cuda/workspace.h", "cuda/enqueue.cuh", "cuda/choose.h"),
     ("cuda/general",),
