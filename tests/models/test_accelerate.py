@@ -22,10 +22,16 @@ def small(name: str = "efficientvit_b0") -> nn.Module:
     return model.eval()
 
 
+@pytest.mark.parametrize("called", [False, True])
 @pytest.mark.parametrize("size", [(64, 96), (128, 32)])
-def test_results_and_gradients(size: tuple[int, int]) -> None:
+def test_results_and_gradients(size: tuple[int, int], called: bool) -> None:
+    """Where the layers' weights are read, and where a hook wants the layers to be called."""
     model = small().double()
     fast = flatten_ext.accelerate(copy.deepcopy(model))
+    seen: list[nn.Module] = []
+    layers = [m for m in fast.modules() if type(m).__name__ == "OperatorLiteMLA"] if called else []
+    for layer in layers:
+        layer.aggreg[0][1].register_forward_hook(lambda module, *_: seen.append(module))
     assert fast.state_dict().keys() == model.state_dict().keys()
     image = torch.randn(2, 3, *size, dtype=torch.float64)
     gradients = []
@@ -37,6 +43,7 @@ def test_results_and_gradients(size: tuple[int, int]) -> None:
     for expected, actual in zip(*gradients, strict=True):
         scale = float(expected.abs().max()) + 1e-12
         assert float((actual - expected).abs().max()) < 1e-6 * scale  # timm computes in float32
+    assert len(seen) == len(layers)
     image = image.float()
     with torch.inference_mode():
         expected, actual = model.float()(image), fast.float()(image)
