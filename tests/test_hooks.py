@@ -143,6 +143,19 @@ def test_vmap(mapped):
         assert torch.allclose(found[i], call(*(sample[name] for name in mapped)), rtol=1e-12, atol=1e-12)
 
 
+def test_batched_cotangents():
+    """torch.autograd.grad(is_grads_batched=True) maps over the backward with torch's older vmap."""
+    arguments = with_gradients(CASES["taps"].arguments(torch.float64))
+    tensors = [arguments[name] for name in tensors_of(arguments)]
+    out = ops.attention(**arguments)
+    cotangents = torch.randn(3, *out.shape, dtype=torch.float64)
+    found = torch.autograd.grad(out, tensors, cotangents, is_grads_batched=True)
+    for i, cotangent in enumerate(cotangents):
+        expected = torch.autograd.grad(ops.attention(**arguments), tensors, cotangent)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a[i], b, rtol=1e-12, atol=1e-12)
+
+
 def test_vmap_of_conv():
     x, weight = torch.randn(3, 2, 6, 4, dtype=torch.float64), torch.randn(3, 2, 1, 3, 3, dtype=torch.float64)
     found = torch.func.vmap(lambda x, w: ops.depthwise_conv(x, w, None, [2, 3]))(x, weight)

@@ -102,6 +102,10 @@ class Family:
         torch's dispatch modes as well. Only inside torch.func's transforms does it not."""
         if private.transforms_active():
             return self.gradients(options, mask, grad_out, tensors)
+        if torch.is_inference_mode_enabled():  # whose tensors cannot be leaves
+            with torch.inference_mode(False):
+                tensors = [None if t is None else t.clone() for t in tensors]
+                return self.first_gradients(options, mask, grad_out.clone(), tensors)
         with private.autograd_keys_on(), torch.enable_grad():
             wanted = [t.detach().requires_grad_() for t in select(tensors, mask)]
             if not wanted:

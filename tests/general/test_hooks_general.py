@@ -177,6 +177,24 @@ def test_compile_without_break_or_recompile():
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"v": torch.randn(2, 12)}, r"flatten\.attention: v has shape \(2, 12\)"),
+        ({"num_heads": 0}, r"flatten\.attention: num_heads is 0"),
+        ({"gate": torch.randn(2, 12, 7)}, r"flatten\.attention: gate has shape \(2, 12, 7\)"),
+        ({"normalizer": "mean"}, r"flatten\.attention: normalizer must be"),
+    ],
+)
+def test_a_compiled_call_says_what_is_wrong(changes, message):
+    torch._dynamo.reset()
+    q, k, v = torch.randn(3, 2, 12, 8).unbind()
+    arguments = {"q": q, "k": k, "v": v, "num_heads": 2, "feature_map": "elu", **changes}
+    compiled = torch.compile(lambda: flatten_ext.attention(**arguments), backend="eager")
+    with pytest.raises(Exception, match=message):
+        compiled()
+
+
 def test_compile_training():
     torch._dynamo.reset()
     compiled = torch.compile(Block(), fullgraph=True, backend="aot_eager")
