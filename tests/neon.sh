@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs tests/cpp/kernels_test.cpp on the NEON kernels: compiled for aarch64, and run under an emulator where this
+# Runs tests/cpp/{kernels,general}_test.cpp on the NEON kernels: compiled for aarch64, and run under an emulator where this
 # processor is another.
 #
 #   bash tests/neon.sh
@@ -36,9 +36,10 @@ compile() { # source, further options
   "$compiler" -O1 -Wall -Wextra "${@:2}" -c "$1" -o "$object"
 }
 for source in $kernels cpu/isa/baseline.cpp; do compile "csrc/$source" -std=c++17; done
-compile tests/cpp/kernels_test.cpp -std=c++20 -Icsrc
-"$compiler" -static "${objects[@]}" -o "$build/kernels_test"
-
-output=$("${emulator[@]}" "$build/kernels_test")
-echo "$output"
-grep -qx "neon kernels" <<<"$output" # else it was another set that passed
+for test in kernels general; do
+  "$compiler" -O1 -Wall -Wextra -std=c++20 -Icsrc -c "tests/cpp/${test}_test.cpp" -o "$build/${test}_test.o"
+  "$compiler" -static "${objects[@]}" "$build/${test}_test.o" -o "$build/${test}_test"
+  output=$("${emulator[@]}" "$build/${test}_test")
+  echo "$output"
+  grep -qx "neon kernels" <<<"$output" # else it was another set that passed
+done

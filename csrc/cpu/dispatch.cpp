@@ -91,10 +91,6 @@ const Kernels& kernels() {
   return chosen;
 }
 
-bool takes(const AttentionInputs& inputs) { return is_plain(inputs); }
-
-bool takes(const ConvInputs& inputs) { return !inputs.taps.per_image; }
-
 void refuse_dtype() { throw std::logic_error("flatten: the CPU kernels do not take this dtype here"); }
 
 std::string isa_in_use() { return kernels().isa; }

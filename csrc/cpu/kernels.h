@@ -23,6 +23,10 @@ struct Kernels {
   void (*attention_backward)(const AttentionBackward&, const Parallel&);
   void (*conv_forward)(const ConvForward&, const Parallel&);
   void (*conv_backward)(const ConvBackward&, const Parallel&);
+  void (*state_forward)(const StateForward&, const Parallel&);
+  void (*state_backward)(const StateBackward&, const Parallel&);
+  void (*from_state_forward)(const FromStateForward&, const Parallel&);
+  void (*from_state_backward)(const FromStateBackward&, const Parallel&);
 };
 
 /// Results of this many bytes and more are written past the caches, where whole lines can be: 16 MiB on AMD's
@@ -37,9 +41,5 @@ std::int64_t streamed_from();
 /// The set in use: the widest this processor runs, or the one FLATTEN_CPU_ISA names. Chosen once.
 /// Throws std::runtime_error when the variable names a set that is unknown or that cannot run here.
 const Kernels& kernels();
-
-/// Whether the kernels take a call, in both directions; another runs in plain torch.
-bool takes(const AttentionInputs& inputs);
-bool takes(const ConvInputs& inputs);
 
 }  // namespace flatten::cpu

@@ -71,14 +71,16 @@ void check_scale_values(const char* op, const AttentionInputs& in) {
 }
 
 struct Cpu {
-  static constexpr bool kHasStates = false;
+  static constexpr bool kHasStates = true;
 
   static void check_values(const char* op, const AttentionInputs& in) { check_scale_values(op, in); }
 
   template <class Inputs>
-  static bool takes(const Inputs& in) {
-    return cpu::takes(in);
+  static bool takes(const Inputs&) {
+    return true;  // the kernels do every call
   }
+  static bool takes_state(const AttentionInputs&) { return true; }
+  static bool takes_from_state(const AttentionInputs&) { return true; }
 
   static void run(const AttentionForward& p, const Tensor&) {
     kernels().attention_forward(p, torch_threads());
@@ -88,6 +90,14 @@ struct Cpu {
   }
   static void run(const ConvForward& p, const Tensor&) { kernels().conv_forward(p, torch_threads()); }
   static void run(const ConvBackward& p, const Tensor&) { kernels().conv_backward(p, torch_threads()); }
+  static void run(const StateForward& p, const Tensor&) { kernels().state_forward(p, torch_threads()); }
+  static void run(const StateBackward& p, const Tensor&) { kernels().state_backward(p, torch_threads()); }
+  static void run(const FromStateForward& p, const Tensor&) {
+    kernels().from_state_forward(p, torch_threads());
+  }
+  static void run(const FromStateBackward& p, const Tensor&) {
+    kernels().from_state_backward(p, torch_threads());
+  }
 };
 
 }  // namespace

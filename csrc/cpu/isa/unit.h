@@ -3,6 +3,9 @@
 #include "../kernels/backward.h"
 #include "../kernels/conv.h"
 #include "../kernels/forward.h"
+#include "../kernels/general/backward.h"
+#include "../kernels/general/forward.h"
+#include "../kernels/general/state.h"
 
 namespace flatten::cpu::FLATTEN_ISA {
 namespace {
@@ -24,11 +27,19 @@ void with_dtype(Dtype dtype, const Body& body) {
 }
 
 void attention_forward(const AttentionForward& p, const Parallel& parallel) {
-  with_dtype(p.dtype, [&](auto x) { ForwardKernel<decltype(x)>(p).run(parallel); });
+  const bool is_general = !is_plain(p);
+  with_dtype(p.dtype, [&](auto x) {
+    if (is_general) return GeneralForward<decltype(x)>(p).run(parallel);
+    ForwardKernel<decltype(x)>(p).run(parallel);
+  });
 }
 
 void attention_backward(const AttentionBackward& p, const Parallel& parallel) {
-  with_dtype(p.dtype, [&](auto x) { BackwardKernel<decltype(x)>(p).run(parallel); });
+  const bool is_general = !is_plain(p);
+  with_dtype(p.dtype, [&](auto x) {
+    if (is_general) return GeneralBackward<decltype(x)>(p).run(parallel);
+    BackwardKernel<decltype(x)>(p).run(parallel);
+  });
 }
 
 void conv_forward(const ConvForward& p, const Parallel& parallel) {
@@ -39,9 +50,27 @@ void conv_backward(const ConvBackward& p, const Parallel& parallel) {
   with_dtype(p.dtype, [&](auto x) { ConvKernel<decltype(x)>(p).backward(p, parallel); });
 }
 
+void state_forward(const StateForward& p, const Parallel& parallel) {
+  with_dtype(p.dtype, [&](auto x) { StateKernel<decltype(x)>(p).forward(p, parallel); });
+}
+
+void state_backward(const StateBackward& p, const Parallel& parallel) {
+  with_dtype(p.dtype, [&](auto x) { StateKernel<decltype(x)>(p).backward(p, parallel); });
+}
+
+void from_state_forward(const FromStateForward& p, const Parallel& parallel) {
+  with_dtype(p.dtype, [&](auto x) { FromStateKernel<decltype(x)>(p).forward(p, parallel); });
+}
+
+void from_state_backward(const FromStateBackward& p, const Parallel& parallel) {
+  with_dtype(p.dtype, [&](auto x) { FromStateKernel<decltype(x)>(p).backward(p, parallel); });
+}
+
 }  // namespace
 
 extern const Kernels kKernels;
-const Kernels kKernels{FLATTEN_ISA_NAME, attention_forward, attention_backward, conv_forward, conv_backward};
+const Kernels kKernels{FLATTEN_ISA_NAME, attention_forward,  attention_backward,
+                       conv_forward,     conv_backward,      state_forward,
+                       state_backward,   from_state_forward, from_state_backward};
 
 }  // namespace flatten::cpu::FLATTEN_ISA

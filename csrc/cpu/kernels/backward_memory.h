@@ -180,8 +180,8 @@ class BackwardMemory {
       }
       write_parameter(p_.grad_scale, c, -sum / read_parameter<T>(call_.in.mapping.scale, c));
     }
-    write_taps_gradients(plan_.shape, shared.parameters.weight, shared.parameters.bias, slots, p_.grad_weight,
-                         p_.grad_bias);
+    write_taps_gradients(plan_.shape, shared.parameters.weight, weight_elements(), shared.parameters.bias,
+                         slots, p_.grad_weight, p_.grad_bias);
   }
 
   /// The same for rows [begin, end) of key_bias.

@@ -34,13 +34,13 @@ class ConvKernel {
 
   void backward(const ConvBackward& p, const Parallel& parallel) const {
     const Schedule plan = schedule(parallel);
-    const i64 weights = shape_.weight_elements();
+    const i64 weights = shape_.weight_elements(), images = in_.taps.per_image ? in_.geometry.batch : 1;
     T *weight_sums, *bias_sums;
     lay_out_in(shared_workspace, [&](Arena& arena) {
-      weight_sums = arena.take<T>(plan.slots * weights);
+      weight_sums = arena.take<T>(plan.slots * images * weights);
       bias_sums = arena.take<T>(plan.slots * c_.padded_count());
     });
-    set_zero(weight_sums, plan.slots * weights);
+    set_zero(weight_sums, plan.slots * images * weights);
     set_zero(bias_sums, plan.slots * c_.padded_count());
     T ones[kBlock];
     for (T& one : ones) one = 1;
@@ -64,13 +64,15 @@ class ConvKernel {
       }
     };
     const auto end_chain = [&](Work& work) {
-      add_to(weight_sums + work.slot * weights, work.weight_sum, weights);
+      const i64 of_image = work.slot * images + (images > 1 ? work.block.image : 0);
+      add_to(weight_sums + of_image * weights, work.weight_sum, weights);
       add_to(bias_sums + work.slot * c_.padded_count(), work.bias_sum, c_.padded_count());
       set_zero(work.weight_sum, weights);
       set_zero(work.bias_sum, c_.padded_count());
     };
     for_each_tile(parallel, plan, true, p.grad_out, sum_tile, end_chain);
-    write_taps_gradients(shape_, weight_sums, bias_sums, plan.slots, p.grad_weight, p.grad_bias);
+    write_taps_gradients_of_images(shape_, weight_sums, images, bias_sums, plan.slots, p.grad_weight,
+                                   p.grad_bias);
   }
 
  private:
@@ -113,7 +115,7 @@ class ConvKernel {
       Work work;
       work.slot = slot;
       lay_out_in(thread_workspace, [&](Arena& arena) { lay_out(arena, work, !transposed); });
-      fill_weights(in_.taps, shape_, transposed, work.weights);
+      i64 image_of_weights = -1;
       fill_tap_bias(transposed ? Taps{} : in_.taps, c_, work.bias);
       set_zero(work.zeros, c_.head_stride());
       set_zero(work.weight_sum, shape_.weight_elements());
@@ -122,12 +124,17 @@ class ConvKernel {
       const i64 end = plan.begin(plan.pairs * tiles, slot + 1);
       for (i64 at = plan.begin(plan.pairs * tiles, slot); at < end; ++at) {
         const i64 image = at / tiles / windows, window = at / tiles % windows;
+        if (image_of_weights < 0 || (in_.taps.per_image && image_of_weights != image)) {
+          fill_weights(taps_of_image(in_.taps, c_.count(), image), shape_, transposed, work.weights);
+          image_of_weights = image;
+        }
         if (at % tiles == 0) work.ring.forget();
         work.tile = tile_at(grid_, tiling_, at % tiles);
         fill_tile(grid_, work.block, image, window, work.tile);
         if (!work.tile.is_prefix) work.ring.begin_tile(source, grid_, image, window, work.tile);
         body(work);
-        if ((at + 1) % kChainBlocks == 0 || at + 1 == end) end_chain(work);
+        const bool ends_image = in_.taps.per_image && (at + 1) % (tiles * windows) == 0;
+        if ((at + 1) % kChainBlocks == 0 || at + 1 == end || ends_image) end_chain(work);
       }
     };
     for_each_slot(parallel, plan.slots, slot_tiles);

@@ -80,7 +80,7 @@ __attribute__((noinline)) void store_rest(X* const* to, i64 d, i64 left, const T
 
 /// R outputs from column x of the tile's row i, all vectors of the head.
 template <int kKernelW, int R, class X, class T>
-FLATTEN_INLINE void convolve_run(const TapsRing<X, T>& ring, const T* weights, i64 i, i64 x, i64 width,
+FLATTEN_INLINE void convolve_run(const TapRows<T>& ring, const T* weights, i64 i, i64 x, i64 width,
                                  const TapsOutput<X, T>& out, Upcoming& upcoming) {
   const TapsShape<T>& s = ring.shape();
   const i64 padded = s.channels.padded, dim = s.channels.dim, area = s.area();
@@ -113,8 +113,8 @@ FLATTEN_INLINE void convolve_run(const TapsRing<X, T>& ring, const T* weights, i
 
 /// out = start + bias + taps for one head of a tile, row by row.
 template <int kKernelW, class X, class T>
-void convolve_head(const TapsRing<X, T>& ring, const T* weights, const Tile& tile,
-                   const TapsOutput<X, T>& out, Upcoming& upcoming) {
+void convolve_head(const TapRows<T>& ring, const T* weights, const Tile& tile, const TapsOutput<X, T>& out,
+                   Upcoming& upcoming) {
   for (i64 i = 0; i < tile.height; ++i) {
     in_pieces<1, most_outputs<T>()>(tile.width, [&](auto size, i64 x) FLATTEN_INLINED {
       convolve_run<kKernelW, decltype(size)::value>(ring, weights, i, x, tile.width, out, upcoming);
@@ -189,8 +189,8 @@ FLATTEN_INLINE void correlate_from(const T* const* rows, i64 offset, const T* v,
 
 /// Adds one head's part of the gradient of the (flipped) weights, in the weights' order: v holds the tile's
 /// rows of `padded` elements, the ring (not in place) those of the output's gradient.
-template <int kKernelW, class X, class T>
-void correlate_head(const TapsRing<X, T>& ring, const T* v, const Tile& tile, T* sum) {
+template <int kKernelW, class T>
+void correlate_head(const TapRows<T>& ring, const T* v, const Tile& tile, T* sum) {
   const TapsShape<T>& s = ring.shape();
   const i64 padded = s.channels.padded, area = s.area();
   for (i64 d = 0; d < padded; d += kLanes<T>) {
@@ -213,8 +213,8 @@ void correlate_head(const TapsRing<X, T>& ring, const T* v, const Tile& tile, T*
 }
 
 /// Adds the tile's own rows of the ring, of the head staged there, to sum: the gradient of the bias.
-template <class X, class T>
-void sum_head(const TapsRing<X, T>& ring, const Tile& tile, T* sum) {
+template <class T>
+void sum_head(const TapRows<T>& ring, const Tile& tile, T* sum) {
   const TapsShape<T>& s = ring.shape();
   const i64 padded = s.channels.padded;
   for (i64 d = 0; d < padded; d += kLanes<T>) {
@@ -234,13 +234,13 @@ void sum_head(const TapsRing<X, T>& ring, const Tile& tile, T* sum) {
 /// The functions for one kernel width.
 template <class X, class T>
 struct TapsKernels {
-  void (*convolve)(const TapsRing<X, T>& ring, const T* weights, const Tile& tile,
-                   const TapsOutput<X, T>& out, Upcoming& upcoming);
-  void (*correlate)(const TapsRing<X, T>& ring, const T* v, const Tile& tile, T* sum);
+  void (*convolve)(const TapRows<T>& ring, const T* weights, const Tile& tile, const TapsOutput<X, T>& out,
+                   Upcoming& upcoming);
+  void (*correlate)(const TapRows<T>& ring, const T* v, const Tile& tile, T* sum);
 
   template <int kKernelW>
   static TapsKernels make() {
-    return {&convolve_head<kKernelW, X, T>, &correlate_head<kKernelW, X, T>};
+    return {&convolve_head<kKernelW, X, T>, &correlate_head<kKernelW, T>};
   }
   /// The widths of published models are compiled in; make<0>() takes any.
   static TapsKernels select(i64 kernel_w) {
@@ -257,10 +257,12 @@ struct TapsKernels {
   }
 };
 
-/// Gradients of weight and bias from the slots' sums, in order, into the caller's tensors.
+/// Gradients of weight and bias from the slots' sums, in order, into the caller's tensors. The slots' sums of
+/// weights lie `weight_stride` apart.
 template <class T>
-void write_taps_gradients(const TapsShape<T>& shape, const T* weight_sums, const T* bias_sums, int slots,
-                          const MutableParameter& grad_weight, const MutableParameter& grad_bias) {
+void write_taps_gradients(const TapsShape<T>& shape, const T* weight_sums, i64 weight_stride,
+                          const T* bias_sums, int slots, const MutableParameter& grad_weight,
+                          const MutableParameter& grad_bias) {
   const Channels c = shape.channels;
   const i64 heads = shape.weight_heads, area = shape.area();
   if (grad_weight) {
@@ -271,7 +273,7 @@ void write_taps_gradients(const TapsShape<T>& shape, const T* weight_sums, const
           for (i64 k = 0; k < area; ++k) {
             const T* from = weight_sums + shape.weight_vector(h, d) + (area - 1 - k) * kLanes<T>;
             Vec<T> total = load(from);
-            for (int s = 1; s < slots; ++s) total = total + load(from + s * shape.weight_elements());
+            for (int s = 1; s < slots; ++s) total = total + load(from + s * weight_stride);
             for (int i = 0; i < count; ++i) store_value(to + (h * c.dim + d + i) * area + k, total[i]);
           }
         }
@@ -289,6 +291,24 @@ void write_taps_gradients(const TapsShape<T>& shape, const T* weight_sums, const
         }
         write_parameter(grad_bias, h * c.dim + d, total);
       }
+    }
+  }
+}
+
+/// The same where each of several images has weights of its own: a slot's sums are of one image after the
+/// other.
+template <class T>
+void write_taps_gradients_of_images(const TapsShape<T>& shape, const T* weight_sums, i64 images,
+                                    const T* bias_sums, int slots, const MutableParameter& grad_weight,
+                                    const MutableParameter& grad_bias) {
+  const i64 elements = grad_weight ? shape.weight_elements() : 0;
+  MutableParameter weight = grad_weight;
+  for (i64 image = 0; image < images; ++image) {
+    write_taps_gradients(shape, weight_sums + image * elements, images * elements, bias_sums, slots, weight,
+                         image == 0 ? grad_bias : MutableParameter{});
+    if (weight) {
+      const i64 bytes = shape.channels.count() * shape.area() * element_size(weight.dtype);
+      weight.data = static_cast<char*>(weight.data) + bytes;
     }
   }
 }

@@ -27,7 +27,7 @@ struct TapsShape {
             tiling.tile_rows + kh - 1,
             tiling.strip_columns + kw - 1,
             tiling.row_steps == 1 ? 1 : c.heads,
-            taps.per_channel ? c.heads : 1};
+            taps.per_channel || taps.per_image ? c.heads : 1};
   }
   i64 area() const { return kernel_h * kernel_w; }
   i64 row_elements() const { return ring_columns * channels.padded; }
@@ -39,6 +39,16 @@ struct TapsShape {
     return ((weight_heads == 1 ? 0 : head) * channels.padded + d) * area();
   }
 };
+
+/// The weights of one image, where each has its own; else those of all.
+inline Taps taps_of_image(const Taps& taps, i64 channels, i64 image) {
+  Taps own = taps;
+  if (taps.per_image) {
+    const i64 bytes = channels * taps.kernel_h * taps.kernel_w * element_size(taps.weight.dtype);
+    own.weight.data = static_cast<const char*>(taps.weight.data) + image * bytes;
+  }
+  return own;
+}
 
 /// Copies the weights into the kernels' order; `flipped` turns them round for the transposed convolution.
 template <class T>
@@ -73,20 +83,50 @@ void fill_tap_bias(const Taps& taps, Channels c, T* bias) {
   }
 }
 
+/// What the taps of a tile read, whatever the rows' tensor holds.
+template <class T>
+class TapRows {
+ public:
+  TapRows() = default;
+  explicit TapRows(const TapsShape<T>& shape) : shape_(shape) {}
+
+  /// rows()[i + dy] is what tap row dy of the tile's row i reads, from the tile's first column on; outside
+  /// the window it is zeros, which only the ring is as wide as. Channels d, the first of a vector, of column
+  /// x are at x * column_stride() + d * channel_stride().
+  const T* const* rows() const { return rows_; }
+  i64 column_stride() const { return in_place_ ? token_stride_ : kLanes<T>; }
+  i64 channel_stride() const { return in_place_ ? 1 : shape_.ring_columns; }
+  /// The columns [first, end) that a row has, counted from the tile's first.
+  i64 first_column() const { return in_place_ ? -tile_.x : -shape_.pad_w; }
+  i64 end_column() const { return in_place_ ? grid_columns_ - tile_.x : tile_.width + shape_.pad_w; }
+  const TapsShape<T>& shape() const { return shape_; }
+  /// The tap rows [first, last) of the tile's row i that lie inside the window.
+  i64 first_tap_row(i64 i) const { return greater(0, shape_.pad_h - tile_.y - i); }
+  i64 last_tap_row(i64 i) const { return smaller(shape_.kernel_h, grid_rows_ + shape_.pad_h - tile_.y - i); }
+
+ protected:
+  TapsShape<T> shape_;
+  bool in_place_ = false;
+  const T** rows_ = nullptr;
+  i64 token_stride_ = 0, grid_rows_ = 0, grid_columns_ = 0;
+  Tile tile_{};
+};
+
 /// The rows of the convolved tensor that a tile's taps reach. Each is copied once into a ring that moves down
 /// a strip of the map, zero-padded to the left and right: (heads, ring rows, vectors of a head, columns,
 /// lanes). A caller that needs no padding (`in_place`) reads the rows from the tensor itself, if its elements
 /// need no conversion, heads consist of whole vectors, and the tokens of a row lie side by side.
 template <class X, class T>
-class TapsRing {
+class TapsRing : public TapRows<T> {
  public:
   TapsRing() = default;
   TapsRing(const TapsShape<T>& shape, Arena& arena, bool in_place)
-      : shape_(shape),
+      : TapRows<T>(shape),
         may_read_in_place_(in_place && std::is_same_v<X, T> && shape.channels.dim == shape.channels.padded),
-        memory_(arena.take<T>(shape.ring_elements())),
-        rows_(arena.take<const T*>(shape.ring_rows)),
-        tokens_(arena.take<Grid::Row>(shape.ring_rows)) {}
+        memory_(arena.take<T>(shape.ring_elements())) {
+    rows_ = arena.take<const T*>(shape.ring_rows);
+    tokens_ = arena.take<Grid::Row>(shape.ring_rows);
+  }
 
   /// Before the first window.
   void clear() { set_zero(zeros(), shape_.row_elements()); }
@@ -121,20 +161,6 @@ class TapsRing {
       rows_[i] = in_place_ && !outside ? in_place(head, y) : in_ring + shape_.pad_w * kLanes<T>;
     }
   }
-
-  /// rows()[i + dy] is what tap row dy of the tile's row i reads, from the tile's first column on; outside
-  /// the window it is zeros, which only the ring is as wide as. Channels d, the first of a vector, of column
-  /// x are at x * column_stride() + d * channel_stride().
-  const T* const* rows() const { return rows_; }
-  i64 column_stride() const { return in_place_ ? token_stride_ : kLanes<T>; }
-  i64 channel_stride() const { return in_place_ ? 1 : shape_.ring_columns; }
-  /// The columns [first, end) that a row has, counted from the tile's first.
-  i64 first_column() const { return in_place_ ? -tile_.x : -shape_.pad_w; }
-  i64 end_column() const { return in_place_ ? grid_columns_ - tile_.x : tile_.width + shape_.pad_w; }
-  const TapsShape<T>& shape() const { return shape_; }
-  /// The tap rows [first, last) of the tile's row i that lie inside the window.
-  i64 first_tap_row(i64 i) const { return greater(0, shape_.pad_h - tile_.y - i); }
-  i64 last_tap_row(i64 i) const { return smaller(shape_.kernel_h, grid_rows_ + shape_.pad_h - tile_.y - i); }
 
  private:
   T* zeros() const { return memory_ + shape_.ring_heads * shape_.ring_rows * shape_.row_elements(); }
@@ -172,14 +198,13 @@ class TapsRing {
     }
   }
 
-  TapsShape<T> shape_;
-  bool may_read_in_place_ = false, in_place_ = false;
+  using TapRows<T>::shape_, TapRows<T>::in_place_, TapRows<T>::rows_, TapRows<T>::token_stride_;
+  using TapRows<T>::grid_rows_, TapRows<T>::grid_columns_, TapRows<T>::tile_;
+  bool may_read_in_place_ = false;
   T* memory_ = nullptr;
-  const T** rows_ = nullptr;     // see rows()
   Grid::Row* tokens_ = nullptr;  // of the rows [begin_, end_) that the tile brings in
   const X* source_ = nullptr;
-  i64 token_stride_ = 0, grid_rows_ = 0, grid_columns_ = 0, begin_ = 0, end_ = -1;
-  Tile tile_{};
+  i64 begin_ = 0, end_ = -1;
 };
 
 /// Adds the rows of `source` that the ring will copy for tile `next`, the one before it in its strip being

@@ -27,6 +27,9 @@ FLATTEN_INLINE FloatVec fma(FloatVec a, FloatVec b, FloatVec c) { return _mm512_
 
 FLATTEN_INLINE FloatVec relu(FloatVec x) { return _mm512_maskz_max_ps(0xffff, _mm512_setzero_ps(), x); }
 
+FLATTEN_INLINE FloatVec at_least(FloatVec x, FloatVec low) { return _mm512_maskz_max_ps(0xffff, low, x); }
+FLATTEN_INLINE FloatVec at_most(FloatVec x, FloatVec high) { return _mm512_maskz_min_ps(0xffff, high, x); }
+
 FLATTEN_INLINE FloatVec square_root(FloatVec x) { return _mm512_maskz_sqrt_ps(0xffff, x); }
 
 FLATTEN_INLINE float sum(FloatVec x) {

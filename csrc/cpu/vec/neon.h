@@ -24,6 +24,9 @@ FLATTEN_INLINE FloatVec fma(FloatVec a, FloatVec b, FloatVec c) {
       vfmaq_f32(bit_cast<float32x4_t>(c), bit_cast<float32x4_t>(a), bit_cast<float32x4_t>(b)));
 }
 
+FLATTEN_INLINE FloatVec at_least(FloatVec x, FloatVec low) { return x < low ? low : x; }
+FLATTEN_INLINE FloatVec at_most(FloatVec x, FloatVec high) { return x > high ? high : x; }
+
 FLATTEN_INLINE FloatVec relu(FloatVec x) {
   return bit_cast<FloatVec>(vmaxq_f32(bit_cast<float32x4_t>(x), vdupq_n_f32(0)));
 }

@@ -24,6 +24,10 @@ FLATTEN_INLINE FloatVec fma(FloatVec a, FloatVec b, FloatVec c) { return a * b +
 /// max(x, 0); a NaN stays one.
 FLATTEN_INLINE FloatVec relu(FloatVec x) { return x < 0 ? FloatVec{} : x; }
 
+/// The larger of x and low, the smaller of x and high; a NaN in x stays one.
+FLATTEN_INLINE FloatVec at_least(FloatVec x, FloatVec low) { return x < low ? low : x; }
+FLATTEN_INLINE FloatVec at_most(FloatVec x, FloatVec high) { return x > high ? high : x; }
+
 FLATTEN_INLINE FloatVec square_root(FloatVec x) {
   for (int i = 0; i < kFloats; ++i) x[i] = __builtin_sqrtf(x[i]);
   return x;

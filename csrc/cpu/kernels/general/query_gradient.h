@@ -1,0 +1,237 @@
+// The query pass of the backward: dq, dgate, and a window's dS, dm and du, tile by tile. With o = a Qn S + b
+// u (normalize.h) and g = act(gate) grad_out:
+//
+//     P = (a g) S^T     s = Qn . P     factor dQn = P     factor dQd = means m
+//     dS = sum of Qn^T (a g)           dm = sum of means Qd              du = sum of b g
+#pragma once
+
+#include "../attention.h"
+#include "queries.h"
+
+namespace flatten::cpu::FLATTEN_ISA {
+
+/// What a call asks of its query pass.
+struct QueryTask {
+  Tokens grad_out;
+  MutableTokens query, normal, gate;  // gradients, each may be null
+  bool scale = false;                 // whether that of scale is wanted
+  bool sums = false;                  // whether dS, dm and du are
+  bool needs_rows() const { return query.data || normal.data || scale; }
+  bool needs_attention() const { return needs_rows() || sums; }
+};
+
+template <class X>
+class QueryGradients {
+ public:
+  using T = Accumulate<X>;
+  using Call = GeneralCall<X>;
+  using Forward = QuerySide<X>;
+
+  QueryGradients(const Call& call, const Forward& forward, const QueryTask& task)
+      : call_(call),
+        forward_(forward),
+        task_(task),
+        streamed_(is_streamed<X>(task.query, call.geometry, call.geometry.queries)) {}
+
+  struct Scratch {
+    typename Forward::Scratch forward;
+    T *g, *gradient;  // g: one head of a block; gradient: of the features, one head or, where focused, all
+    T* transposed;    // S^T
+    T* scale_sum;     // a padded row: the sum of dy y
+    GeneralSums<T> chain;
+    /// Where g is left for the taps: rows of D_v * heads elements by token, or null.
+    T* g_of_image;
+  };
+  void lay_out(Arena& arena, Scratch& s) const {
+    forward_.lay_out(arena, s.forward);
+    s.g = arena.take<T>(call_.cv.head_stride());
+    s.gradient = arena.take<T>(call_.focused ? call_.ck.block() : call_.ck.head_stride());
+    s.transposed = arena.take<T>(call_.transposed_elements());
+    s.chain = call_.sums_at(arena.take<T>(call_.sums_elements()));
+  }
+
+  /// Tiles [begin, end) of a window, whose S, m and u are in s.forward.sums; `gradients` are added to.
+  /// end_chain() is called after every kChainBlocks tiles and after the last.
+  template <class EndChain, class Expect>
+  void run(i64 pair, i64 begin, i64 end, Scratch& s, const GeneralSums<T>& gradients,
+           const EndChain& end_chain, const Expect& expect_next) const {
+    const i64 image = call_.image(pair), window = call_.window(pair);
+    const Tiling& tiling = forward_.tiling();
+    Block blocks[2];  // the one at hand and the next, by turns
+    Upcoming upcoming;
+    if (task_.needs_attention()) call_.transpose_matrices(s.forward.sums.s, s.transposed);
+    if (task_.gate.data) forward_.begin_window(image, s.forward);
+    if (begin < end)
+      fill_tile(call_.queries, blocks[0], image, window, tile_at(call_.queries, tiling, begin));
+    const bool chained = end - begin > kChainBlocks;
+    const GeneralSums<T>& into = chained ? s.chain : gradients;
+    if (chained) call_.clear(s.chain);
+    int turn = 0;
+    for (i64 index = begin; index < end; ++index, turn ^= 1) {
+      const Block& block = blocks[turn];
+      Block& next = blocks[turn ^ 1];
+      const Tile tile = tile_at(call_.queries, tiling, index);
+      upcoming.plan(call_.ck.heads * (2 * call_.products.steps(block.count) +
+                                      (task_.gate.data ? forward_.tap_steps(tile) : 0)));
+      if (index + 1 < end) {
+        const Tile next_tile = tile_at(call_.queries, tiling, index + 1);
+        fill_tile(call_.queries, next, image, window, next_tile);
+        expect(next, upcoming);
+        if (task_.gate.data) forward_.expect_ring(image, window, next_tile, upcoming);
+      } else {
+        expect_next(upcoming);
+      }
+      run_tile(block, window, tile, s, into, upcoming);
+      if ((index + 1 - begin) % kChainBlocks != 0 && index + 1 != end) continue;
+      end_chain();
+      if (!chained) continue;
+      add_to(gradients.s, s.chain.s, call_.sums_elements());
+      call_.clear(s.chain);
+    }
+  }
+
+  /// What a tile reads and writes.
+  void expect(const Block& block, Upcoming& upcoming) const {
+    forward_.expect(block, task_.query.data && !streamed_ ? &task_.query : nullptr, upcoming);
+    upcoming.add<X>(task_.grad_out, block, call_.cv.count());
+    if (task_.gate.data) upcoming.add<X>(task_.gate, block, call_.cv.count());
+  }
+  void expect(i64 pair, i64 index, Upcoming& upcoming) const {
+    Block block;
+    call_.tile_block(call_.queries, forward_.tiling(), pair, index, block);
+    expect(block, upcoming);
+  }
+
+ private:
+  void run_tile(const Block& block, i64 window, const Tile& tile, Scratch& s, const GeneralSums<T>& into,
+                Upcoming& upcoming) const {
+    const General& general = call_.general;
+    const Channels ck = call_.ck, cv = call_.cv;
+    const bool has_taps = task_.gate.data && call_.in.taps && !tile.is_prefix;
+    const bool attends = task_.needs_attention() || task_.gate.data;
+    const Rows<const X> query = rows_of<X>(call_.in.query, block),
+                        grad_out = rows_of<X>(task_.grad_out, block);
+    Rows<const X> normal, gate;
+    const Rows<X> grad_gate = rows_of<X>(task_.gate, block);
+    if (general.normalizer_query.data) normal = rows_of<X>(general.normalizer_query, block);
+    if (general.gate.data) gate = rows_of<X>(general.gate, block);
+    if (attends) call_.begin_queries(query, block, s.forward.focus, s.forward.features);
+    if (has_taps) s.forward.ring.begin_tile(call_.in.value, call_.queries, block.image, window, tile);
+    T dot[kBlock] = {};
+    for (i64 h = 0; h < ck.heads; ++h) {
+      Head<T> head{};
+      if (attends)
+        head = forward_.begin_head(h, query, general.normalizer_query.data ? &normal : nullptr, block,
+                                   s.forward);
+      if (task_.gate.data) {
+        forward_.attend_head(h, head, block.count, s.forward, upcoming);
+        if (has_taps) forward_.add_taps(h, tile, s.forward, upcoming);
+      }
+      if (general.gate.data) {
+        forward_.gate().backward(s.forward.attended, gate.at, grad_out.at, block.count, h, cv, s.g,
+                                 task_.gate.data ? grad_gate.at : nullptr);
+      } else {
+        pack_head(grad_out, block.count, h, cv, call_.ones(), s.g);
+      }
+      if (s.g_of_image) keep(h, block, s);
+      if (task_.needs_attention()) differentiate(h, head, block, s, into, dot, upcoming);
+    }
+    if (!call_.focused || !(task_.query.data || task_.scale)) return;
+    const Rows<X> dx = rows_of<X>(task_.query, block);
+    if (all_empty(s.forward)) {  // a row of NaN has the gradient 0 too
+      for (int t = 0; task_.query.data && t < block.count; ++t) set_zero(dx[t], ck.count());
+      return;
+    }
+    RowGradients<X, T> to;
+    if (task_.query.data) to.dx = dx.at;
+    if (task_.scale) to.scale_sum = s.scale_sum;
+    to.streamed = streamed_;
+    call_.focus_query().backward(query.at, {}, block.count, s.gradient, ck, s.forward.focus,
+                                 s.forward.features.norms, dot, to);
+  }
+
+  /// One head of a tile, from its features and g.
+  void differentiate(i64 h, const Head<T>& head, const Block& block, Scratch& s, const GeneralSums<T>& into,
+                     T* dot, Upcoming& upcoming) const {
+    const Channels ck = call_.ck, cv = call_.cv;
+    const GeneralSums<T>& sums = s.forward.sums;
+    Coefficients<T>& k = s.forward.coefficients;
+    const int count = block.count;
+    T* gradient = s.gradient + (call_.focused ? h * ck.head_stride() : 0);
+    const T* m = sums.m + h * ck.padded;
+    if (s.forward.empty[h]) {
+      set_zero(gradient, count * ck.padded);
+      if (task_.normal.data) write_multiples(h, m, k.means, block);  // zeros
+      return write_rows(h, head, block, gradient);
+    }
+    T gu[kBlock], qp[kBlock];
+    if (call_.normalizing.reads_u()) {
+      row_dots(s.g, sums.u + h * cv.padded, count, cv.padded, gu);
+      if (task_.sums) add_weighted_rows(s.g, k.b, count, cv.padded, into.u + h * cv.padded);
+    }
+    scale_rows(k.a, count, cv.padded, s.g);
+    call_.products.to_keys(count, s.g, s.transposed + h * cv.dim * ck.padded, nullptr, call_.ones(), gradient,
+                           upcoming);
+    sum_rows<T>(count, qp, [&](int t) FLATTEN_INLINED {
+      return dot_lanes(head.product + t * ck.padded, gradient + t * ck.padded, ck.padded);
+    });
+    call_.normalizing.differentiate(count, s.forward.features.norms.factor, s.forward.empty[h], qp, gu, k,
+                                    dot);
+    if (task_.sums) {
+      if (call_.normalizing.reads_m())
+        add_weighted_rows(head.normal, k.means, count, ck.padded, into.m + h * ck.padded);
+      call_.products.outer(count, head.product, s.g, into.s + h * call_.matrix(), upcoming);
+    }
+    if (!task_.needs_rows()) return;
+    const bool has_normal = call_.general.normalizer_query.data != nullptr;
+    if (has_normal && task_.normal.data) write_multiples(h, m, k.means, block);
+    const T* start = has_normal || !call_.normalizing.reads_m() ? nullptr : m;
+    if (call_.general.rotation) {
+      call_.turn_back(h, block, gradient, start, k.means);
+    } else if (start) {
+      add_multiples(start, k.means, count, ck.padded, gradient);
+    }
+    write_rows(h, head, block, gradient);
+  }
+
+  /// dq of one head, but for focused features, whose rows are finished when all heads are.
+  void write_rows(i64 h, const Head<T>& head, const Block& block, const T* gradient) const {
+    if (call_.focused || !task_.query.data) return;
+    const Rows<X> dx = rows_of<X>(task_.query, block);
+    call_.map().backward(head.z, gradient, block.position, block.count, h, call_.ck,
+                         {dx.at, nullptr, streamed_});
+  }
+  bool all_empty(const typename Forward::Scratch& s) const {
+    bool all = true;
+    for (i64 h = 0; h < call_.ck.heads; ++h) all &= s.empty[h];
+    return all;
+  }
+
+  static void scale_rows(const T* factor, int count, i64 padded, T* rows) {
+    for (int t = 0; t < count; ++t, rows += padded) {
+      const Vec<T> f = broadcast(factor[t]);
+      for (i64 d = 0; d < padded; d += kLanes<T>) store(rows + d, load(rows + d) * f);
+    }
+  }
+  /// The gradient of the normalizer's features of one head: means[t] * m.
+  void write_multiples(i64 h, const T* m, const T* means, const Block& block) const {
+    const Rows<X> rows = rows_of<X>(task_.normal, block);
+    for (int t = 0; t < block.count; ++t) {
+      X* to = rows[t] + h * call_.ck.dim;
+      for (i64 d = 0; d < call_.ck.dim; d += kLanes<T>)
+        store_at_most(to + d, load(m + d) * means[t], call_.ck.dim - d);
+    }
+  }
+  void keep(i64 h, const Block& block, const Scratch& s) const {
+    const Channels cv = call_.cv;
+    for (int t = 0; t < block.count; ++t)
+      unpack(s.g + t * cv.padded, s.g_of_image + block.token[t] * cv.count() + h * cv.dim, cv.dim);
+  }
+
+  const Call& call_;
+  const Forward& forward_;
+  QueryTask task_;
+  bool streamed_;
+};
+
+}  // namespace flatten::cpu::FLATTEN_ISA
