@@ -84,6 +84,7 @@ class _Call:
     shift: tuple[int, int] | None = None
     prefix: int = 0
     focusing_factor: float = 3.0
+    general: bool = False  # elu + 1, rotated, with weights of keys and a gate
 
     def arguments(self, seed: int = 0) -> dict[str, Any]:
         """Keyword arguments of `attention`, on the CPU."""
@@ -113,6 +114,16 @@ class _Call:
             filters = channels if self.per_channel else self.head_dim
             arguments["dwc_weight"] = (0.2 * normal(filters, 1, self.kernel, self.kernel)).to(parameters)
             arguments["dwc_bias"] = normal(filters).to(parameters)
+        if self.general:
+            del arguments["scale"]
+            angle = normal(keys, self.head_dim // 2)
+            arguments |= {
+                "feature_map": "elu",
+                "rotary": torch.stack((angle.cos(), angle.sin()), -1).to(parameters),
+                "key_weight": (normal(self.batch, tokens, self.heads).abs() + 0.1).to(parameters),
+                "gate": normal(self.batch, tokens, channels).to(self.dtype),
+                "gate_activation": "silu",
+            }
         return arguments
 
 
@@ -134,6 +145,10 @@ def _calls(device: torch.device) -> dict[str, _Call]:
         "float16, small map": _Call((7, 7), 3, 32, torch.float16),
         "bfloat16, heads of 64": _Call((20, 18), 2, 64, half),
         "bfloat16, class token": _Call((14, 14), 3, 64, half, prefix=1),
+        "float32, general form": _Call((9, 8), 2, 32, torch.float32, kernel=3, general=True),
+        "float64, general form, shifted windows": _Call(
+            (14, 14), 3, 16, torch.float64, window=(7, 7), shift=(3, 3), per_channel=True, general=True
+        ),
     }
     if device.type == "cuda":
         calls |= {
@@ -156,9 +171,11 @@ class _Failure(Exception):
 def _place(
     arguments: dict[str, Any], device: torch.device | str, dtype: torch.dtype | None = None
 ) -> dict[str, Any]:
-    """Tensors on the device, each a leaf that asks for its gradient."""
+    """Tensors on the device, each a leaf that asks for its gradient; the table of angles has none."""
     return {
-        name: value.to(device, dtype).detach().requires_grad_() if isinstance(value, Tensor) else value
+        name: value.to(device, dtype).detach().requires_grad_(name != "rotary")
+        if isinstance(value, Tensor)
+        else value
         for name, value in arguments.items()
     }
 
@@ -174,7 +191,7 @@ def _results(
 ) -> dict[str, Tensor]:
     """The output and the gradient of every tensor."""
     out = function(**arguments)
-    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    tensors = {n: t for n, t in arguments.items() if isinstance(t, Tensor) and t.requires_grad}
     gradients = torch.autograd.grad(out, list(tensors.values()), grad_out)
     return {"out": out.detach(), **dict(zip(tensors, gradients, strict=True))}
 
