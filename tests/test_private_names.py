@@ -100,6 +100,7 @@ TORCH_FUNC = "torch.func.grad(lambda q: call(q, k.detach(), v.detach()).sum())(q
         ("torch.autograd.function", "_SingleLevelFunction"),
         ("torch._functorch.utils", "enable_single_level_autograd_function"),
         ("torch.autograd.forward_ad", "_current_level"),
+        ("torch._C._functorch", "is_legacy_batchedtensor"),
         ("torch._subclasses.fake_tensor", "FakeTensor"),
         ("torch.nested._internal.nested_tensor", "NestedTensor"),
     ],
