@@ -1,4 +1,8 @@
-"""timm's own scripts with our models, under `flatten-ext run`, one after the other on the same images."""
+"""timm's own scripts with our models, under `flatten-ext run`, one after the other on the same images.
+
+timm's packages do not have the scripts: TIMM_SCRIPTS names a checkout of its repository, at the release that
+is installed.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,11 @@ from PIL import Image
 
 import flatten_ext.models  # noqa: F401  registers them
 
-SCRIPTS = Path(__file__).parent / "timm_scripts"
+SCRIPTS = Path(os.environ.get("TIMM_SCRIPTS", ""))
+pytestmark = pytest.mark.skipif(
+    "TIMM_SCRIPTS" not in os.environ, reason="TIMM_SCRIPTS names no checkout of timm, with its train.py"
+)
+
 MODEL = ["--model", "flatten_pvt_v2_b0", "--img-size", "64"]
 DATA = ["--data-dir", "data", "--num-classes", "2", "--batch-size", "4", "--workers", "0", "--device", "cpu"]
 SMALL = ["--model-kwargs", "depths=(1, 1, 1, 1)"]
