@@ -1,6 +1,7 @@
 #include "arguments.h"
 
 #include "checker.h"
+#include "torch_errors.h"
 
 namespace flatten {
 namespace {
@@ -202,6 +203,9 @@ SavedState check_state(const Tensor& state, const Tensor& q, const AttentionInpu
                "state has ", state.numel(), " elements of ", show(scalar_type_of(state)),
                ", expected what attention_forward returned: contiguous, ", each, " for each of ",
                may_be_part ? "at most " : "", all, " windows");
+  std::int64_t offset = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(state.get(), &offset));
+  if (offset != 0) return {nullptr, 0};  // unfilled_state()
   return {check.data("state", state), windows};
 }
 

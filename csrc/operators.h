@@ -48,15 +48,19 @@ class Operators {
     const Geometry& g = forward.geometry;
     check_saved_windows(saved_windows, args.q, g);
     Tensor out = empty_on_device_of(args.q, {g.batch, g.queries, g.value_channels()}, forward.dtype);
-    if (state) {
-      *state = empty_on_device_of(args.q, {saved_windows * window_state_elements(forward)},
-                                  accumulate_dtype(forward.dtype));
+    const std::int64_t elements = state ? saved_windows * window_state_elements(forward) : 0;
+    if (is_empty(g)) {
+      if (state) {
+        *state = empty_on_device_of(args.q, {elements}, accumulate_dtype(forward.dtype));
+        torch::stable::zero_(*state);
+      }
+      return out;
     }
-    const bool taken = Device::takes(forward);
-    if (is_empty(g) || !taken) {  // plain torch leaves no state, and its backward reads none
-      if (state) torch::stable::zero_(*state);
-      return is_empty(g) ? out : plain_torch::forward(args);
+    if (!Device::takes(forward)) {
+      if (state) *state = unfilled_state(args.q, elements, accumulate_dtype(forward.dtype));
+      return plain_torch::forward(args);
     }
+    if (state) *state = empty_on_device_of(args.q, {elements}, accumulate_dtype(forward.dtype));
     forward.out = writable(out);
     forward.saved_windows = saved_windows;
     if (saved_windows > 0) forward.state = state->mutable_data_ptr();

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdint>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -86,6 +87,13 @@ class Gradients {
 };
 
 }  // namespace
+
+Tensor unfilled_state(const Tensor& on, std::int64_t elements, Dtype dtype) {
+  if (elements == 0) return empty_on_device_of(on, {0}, dtype);
+  Tensor memory = empty_on_device_of(on, {elements + 1}, dtype);
+  torch::stable::fill_(memory, std::numeric_limits<double>::quiet_NaN());
+  return torch::stable::narrow(memory, 0, 1, elements);
+}
 
 Tensor empty_on_device_of(const Tensor& like, const Sizes& sizes, Dtype dtype) {
   // The C shim itself: half the cost of a call through the dispatcher.

@@ -12,6 +12,11 @@ inline bool is_empty(const Geometry& g) { return g.batch == 0 || g.queries == 0;
 /// An uninitialised contiguous tensor on `like`'s device.
 Tensor empty_on_device_of(const Tensor& like, const std::vector<std::int64_t>& sizes, Dtype dtype);
 
+/// The state of a call that ran in plain torch, whose backward may have kernels (flatten_ext.cuda_kernels):
+/// as large as any, so that compiled programs meet what they expect, and without contents. check_state()
+/// tells it by its start inside of its memory; the NaNs show where a copy lost that mark.
+Tensor unfilled_state(const Tensor& on, std::int64_t elements, Dtype dtype);
+
 /// Where to write a contiguous (batch, token, channel) tensor.
 MutableTokens writable(const Tensor& tokens);
 

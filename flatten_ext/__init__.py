@@ -15,6 +15,7 @@ from . import (
 )
 from . import _moved as _moved
 from . import _torch as _torch  # torch's hooks
+from ._cuda_kernels import cuda_kernels
 from .nn import FocusedLinearAttention
 from .ops import attention, attention_from_state, attention_state, depthwise_conv, linear_attention
 
@@ -49,6 +50,7 @@ __all__ = [
     "attention_from_state",
     "attention_map",
     "attention_state",
+    "cuda_kernels",
     "decompositions",
     "depthwise_conv",
     "linear_attention",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _load, reference
+from ._cuda_kernels import cuda_kernels
 
 __all__ = ["CheckReport", "CheckResult", "self_check"]
 
@@ -37,6 +38,9 @@ class CheckResult:
     passed: bool
     detail: str  # the worst error, or what went wrong
     seconds: float
+    way_out: str | None = (
+        None  # of a call that is wrong on CUDA: the environment variable with which it is right
+    )
 
 
 @dataclass
@@ -59,14 +63,35 @@ class CheckReport:
         failed = sum(not result.passed for result in self.results)
         lines.append(f"{len(self.results) - failed} passed, {failed} failed")
         if failed:
-            lines.append(_way_out(self.device))
+            lines.append(self._way_out())
         return "\n".join(lines)
 
+    def _way_out(self) -> str:
+        if not self.device.startswith("cuda"):
+            return "FLATTEN_CPU_ISA=baseline leaves out the kernels for the wider instruction sets."
+        found = {result.way_out for result in self.results if not result.passed}
+        # The variable that leaves out more is right wherever the other is.
+        variable = max((v for v in found if v), key=_WAYS_OUT.index, default=None)
+        if variable is None or None in found:
+            return "FLATTEN_CUDA=general leaves out tensor-core kernels, FLATTEN_CUDA=reference all on CUDA."
+        names = ", ".join(result.name for result in self.results if not result.passed)
+        return f"{variable} leaves out the kernels that are wrong here: {names}."
 
-def _way_out(device: str) -> str:
-    if device.startswith("cuda"):
-        return "FLATTEN_WITH_CUDA=0 at build time leaves CUDA tensors to the plain-torch formula."
-    return "FLATTEN_CPU_ISA=baseline leaves out the kernels for the wider instruction sets."
+
+# From the one that leaves out the least; flatten_ext.cuda_kernels has the same levels.
+_WAYS_OUT = ("FLATTEN_CUDA=general", "FLATTEN_CUDA=reference")
+
+
+def _find_way_out(check: Callable[[], str]) -> str | None:
+    """The variable with which a check that failed on CUDA passes, or None."""
+    for variable in _WAYS_OUT:
+        try:
+            with cuda_kernels(variable.partition("=")[2]):
+                check()
+        except Exception:  # wrong there too, or the device is lost
+            continue
+        return variable
+    return None
 
 
 @dataclass(frozen=True)
@@ -363,5 +388,9 @@ def self_check(
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
             detail = first_line if isinstance(error, _Failure) else f"{type(error).__name__}: {first_line}"
             passed = False
-        report.results.append(CheckResult(what, passed, detail, time.perf_counter() - start))
+        way_out = None
+        if not passed and device.type == "cuda":
+            way_out = _find_way_out(check)
+            detail += f"; right with {way_out}" if way_out else ""
+        report.results.append(CheckResult(what, passed, detail, time.perf_counter() - start, way_out))
     return report

@@ -4,6 +4,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <sstream>
+
+#include "level.h"
 
 namespace flatten::cuda {
 namespace {
@@ -35,23 +38,30 @@ const char* name(const AttentionBackward&) { return "attention_backward"; }
 const char* name(const ConvForward&) { return "depthwise_conv"; }
 const char* name(const ConvBackward&) { return "depthwise_conv_backward"; }
 
+template <class Params>
+std::string described(const Params& params) {
+  const Geometry& g = params.geometry;
+  std::ostringstream text;
+  text << "flatten." << name(params) << ": " << name(params.dtype) << " (" << g.batch << ", " << g.queries
+       << ", " << g.channels() << "), " << g.heads << " heads, " << g.windows() << " windows";
+  return text.str();
+}
+
 /// "flatten.attention: bfloat16 (2, 3136, 96), 3 heads, 64 windows: tensorcore::forward_window"
 template <class Params>
 Call logged(Call call, const Params& params) {
   if (!is_logged()) return call;
-  const Geometry& g = params.geometry;
-  const auto number = [](std::int64_t x) { return static_cast<long long>(x); };
-  std::fprintf(stderr, "flatten.%s: %s (%lld, %lld, %lld), %lld heads, %lld windows: %s%s%s\n", name(params),
-               name(params.dtype), number(g.batch), number(g.queries), number(g.channels()), number(g.heads),
-               number(g.windows()), call.kernels, call.why_general ? ", not on tensor cores: " : "",
-               call.why_general ? call.why_general : "");
+  std::fprintf(stderr, "%s: %s%s%s\n", described(params).c_str(), call.kernels,
+               call.why_general ? ", not on tensor cores: " : "", call.why_general ? call.why_general : "");
   return call;
 }
 
 template <class Params>
 Call choose_attention(const Params& params, const Device& device) {
   const char* why = "this library was built for no GPU that has them";
-  if constexpr (tensorcore::kBuilt) {
+  if (level() < Level::kTensorCore) {
+    why = "FLATTEN_CUDA or cuda_kernels leaves these out";
+  } else if constexpr (tensorcore::kBuilt) {
     if (Call call = tensorcore::choose(params, device)) {
       return call;
     } else {
@@ -65,9 +75,14 @@ Call choose_attention(const Params& params, const Device& device) {
 
 }  // namespace
 
-bool takes(const AttentionInputs& inputs) { return is_plain(inputs); }
+bool takes(const AttentionInputs& inputs) { return level() > Level::kReference && is_plain(inputs); }
 
-bool takes(const ConvInputs& inputs) { return !inputs.taps.per_image; }
+bool takes(const ConvInputs& inputs) { return level() > Level::kReference && !inputs.taps.per_image; }
+
+std::string describe(const AttentionForward& params) { return described(params); }
+std::string describe(const AttentionBackward& params) { return described(params); }
+std::string describe(const ConvForward& params) { return described(params); }
+std::string describe(const ConvBackward& params) { return described(params); }
 
 Call choose(const AttentionForward& params, const Device& device) {
   return logged(choose_attention(params, device), params);

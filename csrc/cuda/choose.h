@@ -2,6 +2,7 @@
 #pragma once
 
 #include <functional>
+#include <string>
 
 #include "launch.h"
 
@@ -26,6 +27,12 @@ Call choose(const AttentionForward& params, const Device& device);
 Call choose(const AttentionBackward& params, const Device& device);
 Call choose(const ConvForward& params, const Device& device);
 Call choose(const ConvBackward& params, const Device& device);
+
+/// A call in words: "flatten.attention: bfloat16 (2, 3136, 96), 3 heads, 64 windows".
+std::string describe(const AttentionForward& params);
+std::string describe(const AttentionBackward& params);
+std::string describe(const ConvForward& params);
+std::string describe(const ConvBackward& params);
 
 /// Right for every call on every supported device.
 namespace general {

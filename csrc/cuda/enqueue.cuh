@@ -6,6 +6,8 @@
 #include <atomic>
 #include <cstdint>
 
+#include "launch_error.h"
+
 namespace flatten::cuda {
 
 /// Dynamic shared memory that every launch may have without asking.
@@ -37,10 +39,10 @@ cudaError_t enqueue(dim3 grid, dim3 block, std::size_t shared_bytes, const Param
   static std::atomic<std::uint64_t> allowed{0};
   if (shared_bytes > kFreeSharedBytes) {
     const cudaError_t error = allow_shared_memory(reinterpret_cast<const void*>(kKernel), allowed);
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess) return noted(error, __PRETTY_FUNCTION__);
   }
   kKernel<<<grid, block, shared_bytes, stream>>>(params);
-  return cudaGetLastError();
+  return noted(cudaGetLastError(), __PRETTY_FUNCTION__);
 }
 
 }  // namespace flatten::cuda

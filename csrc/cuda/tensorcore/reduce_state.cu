@@ -1,6 +1,7 @@
 // The ordered reduction between forward_state and forward_output; and, as the smallest of the tensor-core
 // kernels, the one by which it is found out whether they can run.
 #include "../choose.h"
+#include "../launch_error.h"
 #include "params.h"
 
 namespace flatten::cuda::tensorcore {
@@ -43,7 +44,7 @@ cudaError_t reduce_state(const float* partial, float* state, int windows, int ch
   constexpr int kThreads = 256;
   const dim3 grid(static_cast<unsigned>((size / 4 + kThreads - 1) / kThreads), windows);
   reduce_state_kernel<<<grid, kThreads, 0, stream>>>(partial, state, chunks, size);
-  return cudaGetLastError();
+  return noted(cudaGetLastError(), __PRETTY_FUNCTION__);
 }
 
 }  // namespace flatten::cuda::tensorcore
