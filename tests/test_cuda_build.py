@@ -29,7 +29,7 @@ ARCHITECTURES = [80, 90]
 # kernels fill the registers.
 REPRESENTATIVE = re.compile(
     r"forward_.*cubic|backward_(window_)?bf16_d(32|64)|backward_window_wide|heads_(bf16|fp16)_d(64|128)"
-    r"|general_forward_float32|general_backward_float32"
+    r"|general_forward_float32|general_backward_float32|general_by_head_"
 )
 FAST = re.compile(r"flatten::cuda::tensorcore::")
 TENSOR = re.compile(r"tensorcore::(forward|backward)_|heads::(accumulate|multiply|differentiate|correlate)")
@@ -128,6 +128,13 @@ def test_fast_paths_do_not_spill(kernels):
     assert not spilling, spilling
 
 
+def test_kernels_by_head_do_not_spill(kernels):
+    by_head = [k for k in kernels if "_by_head<" in k.name]
+    assert len(by_head) == 9, "state, three outputs; grad_state, grad_query, three grad_keys"
+    spilling = {k.name: (k.stack, k.spills) for k in by_head if k.stack or k.spills}
+    assert not spilling, spilling
+
+
 def test_fast_paths_use_tensor_cores(kernels):
     products = [k for k in fast(kernels) if TENSOR.search(k.name)]
     assert products
@@ -188,4 +195,4 @@ def test_units_are_those_of_the_table():
     folder = ROOT / "csrc" / "cuda"
     wanted = runpy.run_path(str(folder / "make_units.py"))["units"]()
     assert {path.name: path.read_text() for path in (folder / "units").iterdir()} == wanted
-    assert len(wanted) == 57
+    assert len(wanted) == 59

@@ -46,6 +46,11 @@ TENSOR_CORE = {
 
 # The launches to instantiate, and what each takes beside the stream.
 GENERAL = {
+    "general_by_head_forward": [
+        ("launch_head_state<$type>", "HeadForward"),
+        ("launch_head_output<$type>", "HeadForward"),
+    ],
+    "general_by_head_backward": [("launch_head_backward<$type>", "HeadBackward")],
     "general_forward": [("launch_forward<$type>", "ForwardCall")],
     "general_small": [("launch_small<$type>", "ForwardCall")],
     "general_backward": [("launch_backward<$type>", "BackwardCall")],

@@ -16,6 +16,8 @@ WINDOW, STATE, OUTPUT = "tensorcore::forward_window", "tensorcore::forward_state
 WINDOW_BACK, QUERY, KEY = "tensorcore::backward_window", "tensorcore::backward_query", "backward_key"
 HEADS, HEADS_BACK = "tensorcore::heads::accumulate, multiply", "tensorcore::heads::multiply, differentiate"
 GENERAL_BACK = "general::gradient_of_query, gradient_of_key"
+BY_HEAD = "general::state_by_head, output_by_head"
+BY_HEAD_BACK = "general::grad_state_by_head, grad_query_by_head, grad_key_by_head"
 
 # Of forward and backward: the kernels, and why they are general ones.
 CHOICES = [
@@ -27,6 +29,11 @@ CHOICES = [
     ),
     (
         on_map(7, 7, kernel=(5, 5)),
+        (BY_HEAD, "neither bfloat16 nor float16"),
+        (BY_HEAD_BACK, "neither bfloat16 nor float16"),
+    ),
+    (
+        on_map(7, 7, kernel=(5, 5), head_dim=64),
         ("general::attend_small", "neither bfloat16 nor float16"),
         (GENERAL_BACK, "neither bfloat16 nor float16"),
     ),
@@ -35,6 +42,11 @@ CHOICES = [
     (half(on_map(7, 7, heads=2, head_dim=128)), (HEADS, None), (HEADS_BACK, None)),
     (half(on_map(20, 20, heads=5, head_dim=64)), (HEADS, None), (HEADS_BACK, None)),
     (half(on_map(20, 20, kernel=(3, 5))), (HEADS, None), (HEADS_BACK, None)),
+    (
+        on_map(20, 20, p=2.0),
+        ("general::attend", "neither bfloat16 nor float16"),
+        (GENERAL_BACK, "neither bfloat16 nor float16"),
+    ),
     (
         half(on_map(7, 7, heads=2, head_dim=20)),
         ("general::attend_small", "a head dimension that is no multiple of 8 up to 128"),

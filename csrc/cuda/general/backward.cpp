@@ -88,6 +88,7 @@ Plan plan_of(const AttentionBackward& params, const Device& device) {
 }
 
 Call choose(const AttentionBackward& params, const Device& device) {
+  if (Call call = choose_by_head(params, device)) return call;
   Backward plan(params, device);
   Workspace measured;
   plan.place(measured);

@@ -66,6 +66,9 @@ ParameterSums::ParameterSums(const AttentionBackward& params, const Plan& plan, 
   if (params.grad_scale) parameters.scale_rows = scale_rows;
   parameters.grad_key = {params.grad_key.data, params.grad_key.batch_stride, params.grad_key.token_stride};
   parameters.keys = static_cast<int>(g.window_keys());
+  // Enough threads for a device even so; else the sum over pairs is shared by threads too.
+  parameters.key_bias_by_four =
+      plan.vector && plan.channels % 4 == 0 && g.window_keys() * g.channels() >= 4 * 16384;
   parameters.taps = static_cast<int>(params.taps.kernel_h * params.taps.kernel_w);
   parameters.per_channel = params.taps.per_channel;
   parameters.taps_chunks = taps.chunks;

@@ -158,6 +158,7 @@ ForwardCall plan_state(const AttentionInputs& in, const Device& device) {
 }
 
 Call choose(const AttentionForward& params, const Device& device) {
+  if (Call call = choose_by_head(params, device)) return call;
   const auto place = [](ForwardCall& call, Workspace& workspace) {
     const AttentionForward& p = call.params;
     call.state = p.state;

@@ -9,6 +9,7 @@
 #include "backward_key.cuh"
 #include "conv.cuh"
 #include "forward.cuh"
+#include "launch_by_head.cuh"
 #include "parameters.cuh"
 #include "reduce.cuh"
 #include "taps.cuh"
@@ -153,7 +154,7 @@ cudaError_t launch_parameters(const ParameterCall& call, cudaStream_t stream) {
   if (blocks.total() == 0) return cudaSuccess;
   sum_parameters<T>
       <<<static_cast<unsigned>(blocks.total()), dim3(kSumColumns, kSumStripes), 0, stream>>>(call);
-  return cudaGetLastError();
+  return noted(cudaGetLastError(), __PRETTY_FUNCTION__);
 }
 
 }  // namespace flatten::cuda::general

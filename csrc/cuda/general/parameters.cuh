@@ -14,7 +14,7 @@ __device__ A sum_rows(std::int64_t rows, bool active, F&& value) {
   __shared__ A stripes[kSumStripes][kSumColumns];
   A total = 0;
   if (active) {
-#pragma unroll 4
+#pragma unroll 8
     for (std::int64_t row = threadIdx.y; row < rows; row += kSumStripes) total += value(row);
   }
   stripes[threadIdx.y][threadIdx.x] = total;
@@ -26,7 +26,7 @@ __device__ A sum_rows(std::int64_t rows, bool active, F&& value) {
   return total;
 }
 
-/// Blocks of 32 outputs each, in this order.
+/// Blocks of 32 outputs each, but key_bias's may be larger, in this order.
 struct ParameterBlocks {
   std::int64_t scale = 0, key_bias = 0, taps = 0;
 
@@ -35,7 +35,9 @@ struct ParameterBlocks {
     const int kernels = call.per_channel ? call.plan.channels : call.plan.head_dim;
     if (call.grad_scale.data) scale = blocks(call.plan.channels);
     if (call.grad_key_bias.data) {
-      key_bias = blocks(static_cast<std::int64_t>(call.keys) * call.plan.channels);
+      const std::int64_t outputs = static_cast<std::int64_t>(call.keys) * call.plan.channels;
+      constexpr std::int64_t four = 4 * kSumColumns * kSumStripes;
+      key_bias = call.key_bias_by_four ? (outputs + four - 1) / four : blocks(outputs);
     }
     if (call.grad_weight.data || call.grad_bias.data) {
       taps = blocks(static_cast<std::int64_t>(call.taps + 1) * kernels);
@@ -43,6 +45,31 @@ struct ParameterBlocks {
   }
   __host__ __device__ std::int64_t total() const { return scale + key_bias + taps; }
 };
+
+/// key_bias's gradient at four adjacent channels, over images and windows in order.
+template <class T>
+__device__ void sum_four_of_key_bias(const ParameterCall& call, std::int64_t block) {
+  using A = Acc<T>;
+  const Plan& plan = call.plan;
+  const std::int64_t output = ((block * kSumStripes + threadIdx.y) * kSumColumns + threadIdx.x) * 4;
+  if (output >= static_cast<std::int64_t>(call.keys) * plan.channels) return;
+  const int local = static_cast<int>(output / plan.channels),
+            channel = static_cast<int>(output % plan.channels);
+  const std::int64_t images = call.pairs / plan.windows;
+  A total[4] = {};
+  for (int window = 0; window < plan.windows; ++window) {
+    const T* from = reader<T>(call.grad_key, 0, true).row(plan.map.at(window, local)) + channel;
+#pragma unroll 8
+    for (std::int64_t image = 0; image < images; ++image) {
+      A x[4];
+      load_pack<4>(from + image * call.grad_key.batch_stride, x);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) total[c] += x[c];
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < 4; ++c) store_parameter<T>(call.grad_key_bias, output + c, total[c]);
+}
 
 template <class T>
 __global__ void __launch_bounds__(kSumColumns* kSumStripes)
@@ -61,6 +88,7 @@ __global__ void __launch_bounds__(kSumColumns* kSumStripes)
     return;
   }
   block -= blocks.scale;
+  if (block < blocks.key_bias && call.key_bias_by_four) return sum_four_of_key_bias<T>(call, block);
   if (block < blocks.key_bias) {
     const bool active = output() < static_cast<std::int64_t>(call.keys) * plan.channels;
     const int local = static_cast<int>(output() / plan.channels);
@@ -81,8 +109,11 @@ __global__ void __launch_bounds__(kSumColumns* kSumStripes)
                       static_cast<std::int64_t>(tap) * call.taps_channels + kernel;
   const A total =
       sum_rows<A>(static_cast<std::int64_t>(call.taps_chunks) * shared_by, active, [&](std::int64_t row) {
-        const std::int64_t chunk = row / shared_by, head = row % shared_by;
-        return partials[chunk * (call.taps + 1) * call.taps_channels + head * kernels];
+        // 32 bits: each chunk and head left a partial gradient, and a 64-bit division takes long.
+        const unsigned chunk = static_cast<unsigned>(row) / shared_by,
+                       head = static_cast<unsigned>(row) % shared_by;
+        return partials[static_cast<std::int64_t>(chunk) * (call.taps + 1) * call.taps_channels +
+                        head * kernels];
       });
   if (!active || threadIdx.y != 0) return;
   if (tap < call.taps) {

@@ -88,6 +88,11 @@ struct ParameterSums {
   cudaError_t launch(cudaStream_t stream) const;
 };
 
+/// A call on the kernels that give a warp to each head (by_head.h), without kernels where these do not take
+/// it.
+Call choose_by_head(const AttentionForward& params, const Device& device);
+Call choose_by_head(const AttentionBackward& params, const Device& device);
+
 /// The plan of what a backward call shares: with `vector` as far as all its tensors go.
 Plan plan_of(const AttentionBackward& params, const Device& device);
 
