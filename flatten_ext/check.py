@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -79,14 +79,15 @@ class CheckReport:
 
 
 # From the one that leaves out the least; flatten_ext.cuda_kernels has the same levels.
-_WAYS_OUT = ("FLATTEN_CUDA=general", "FLATTEN_CUDA=reference")
+_LEVELS: tuple[Literal["general", "reference"], ...] = ("general", "reference")
+_WAYS_OUT = tuple(f"FLATTEN_CUDA={level}" for level in _LEVELS)
 
 
 def _find_way_out(check: Callable[[], str]) -> str | None:
     """The variable with which a check that failed on CUDA passes, or None."""
-    for variable in _WAYS_OUT:
+    for level, variable in zip(_LEVELS, _WAYS_OUT, strict=True):
         try:
-            with cuda_kernels(variable.partition("=")[2]):
+            with cuda_kernels(level):
                 check()
         except Exception:  # wrong there too, or the device is lost
             continue

@@ -6,7 +6,7 @@
 // The product of dphi(k) with z^3 over all channels is v . (z^3 dS) + dm . z^3: dv's product has it.
 #pragma once
 
-#include "by_head.cuh"
+#include "by_head_tile.cuh"
 
 namespace flatten::cuda::general {
 

@@ -3,7 +3,7 @@
 //   output_by_head  chunks of queries  -> out
 #pragma once
 
-#include "by_head.cuh"
+#include "by_head_tile.cuh"
 
 namespace flatten::cuda::general {
 
