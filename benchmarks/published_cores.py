@@ -20,11 +20,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import flatten_ext
 from flatten_ext import attention, reference, rotary_table
 from flatten_ext.tools.bench import timing
 from flatten_ext.tools.bench.check import CheckFailed, relative_error
@@ -132,11 +134,11 @@ def eager_sana(case: Case, table: Tensor, q, k, v) -> Tensor:
 EAGER = {"mlla": eager_mlla, "rala": eager_rala, "mala": eager_mala, "sana": eager_sana}
 
 
-def operator_call(operator: Core, case: Case, rotary: Tensor | None, *given: Tensor) -> Tensor:
-    """The same core as one call of the general operator (RALA's softmax over keys before it)."""
+def operator_call(operators: Any, case: Case, rotary: Tensor | None, *given: Tensor) -> Tensor:
+    """The same core as one call of the general operator (of RALA behind a softmax over the keys)."""
     q, k, v, *rest = given
     if case.method == "sana":
-        return operator(q, k, v, case.heads, feature_map="relu", eps=1e-15 / case.tokens)
+        return operators.attention(q, k, v, case.heads, feature_map="relu", eps=1e-15 / case.tokens)
     gate, weight, bias = rest
     more: dict = {}
     if case.method == "mlla":
@@ -144,13 +146,14 @@ def operator_call(operator: Core, case: Case, rotary: Tensor | None, *given: Ten
     elif case.method == "mala":
         more = {"normalizer": "magnitude", "similarity_scale": case.dim**-0.5}
     elif case.method == "rala":
-        # elu + 1 in terms that torch has vectorized: its elu takes 15 ns a number.
-        features = [x.clamp(max=0).exp() + x.relu() for x in (q, k)]
-        feature_q, feature_k = (x.unflatten(-1, (case.heads, -1)) for x in features)
-        mean = (feature_q.mean(1) * case.dim**-0.5).unsqueeze(-1)
-        logits = feature_k.transpose(1, 2) @ mean  # (B, heads, N, 1)
-        more = {"key_weight": logits.squeeze(-1).softmax(-1).transpose(1, 2)}
-    return operator(
+        # The mean of phi(q) and its products with phi(k), by the state operators: values of one channel.
+        ones = q.new_ones(*q.shape[:2], case.heads)
+        total = operators.attention_state(q, ones, case.heads, feature_map="elu")[:, :, :-1, :1]
+        corner = F.pad(total.new_ones(1, 1, 1, 1), (1, 0, case.dim, 0))  # W = 1
+        state = F.pad(total * (case.dim**-0.5 / case.tokens), (0, 1, 0, 1)) + corner
+        logits = operators.attention_from_state(k, state, case.heads, feature_map="elu", normalizer="none")
+        more = {"key_weight": logits.softmax(1)}
+    return operators.attention(
         q, k, v, case.heads, feature_map="elu", size=list(case.size), dwc_weight=weight, dwc_bias=bias,
         rotary=rotary, gate=gate, **more,
     )  # fmt: skip
@@ -182,7 +185,7 @@ def check(
 ) -> None:
     """Raises CheckFailed unless every contender agrees with the reference in float64."""
     exact = [t.detach().double().requires_grad_() for t in given]
-    expected = operator_call(reference.attention, case, None if rotary is None else rotary.double(), *exact)
+    expected = operator_call(reference, case, None if rotary is None else rotary.double(), *exact)
     wanted = (expected, *torch.autograd.grad(expected, exact, grad.double()))
     for name, call in calls.items():
         out = call(*given)
@@ -249,8 +252,9 @@ def main() -> None:
         eager = partial(EAGER[case.method], case, table)
         calls: dict[str, Core] = {"eager": eager}
         if not options.no_compile:
+            torch._dynamo.reset()  # else shapes beyond its limit of recompilations run as eager code
             calls["compile"] = torch.compile(eager, dynamic=False)
-        calls["flatten"] = partial(operator_call, attention, case, rotary)
+        calls["flatten"] = partial(operator_call, flatten_ext, case, rotary)
         check(case, calls, given, rotary, grad)
         bound = {name: partial(call, *given) for name, call in calls.items()}
         if case.method == "mala":
