@@ -6,15 +6,15 @@ python examples/video.py
 
 import torch
 
-from flatten_ext import attention, reference
+from flatten_ext import attention, attention_from_state, attention_state, reference
 
 
 def block_causal(q, k, v, num_heads):
     """(B, frames, tokens, C) each -> the same, frame by frame as they come."""
     state, out = 0, []
     for q_frame, k_frame, v_frame in zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True):
-        state = state + reference.attention_state(k_frame, v_frame, num_heads)
-        out.append(reference.attention_from_state(q_frame, state, num_heads))
+        state = state + attention_state(k_frame, v_frame, num_heads)
+        out.append(attention_from_state(q_frame, state, num_heads))
     return torch.stack(out, 1)
 
 
