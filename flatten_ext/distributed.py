@@ -100,18 +100,45 @@ def attention(
             q, k, v, num_heads, scale, key_bias, dwc_weight, dwc_bias, size, window, shift,
             rotary=rotary, key_weight=key_weight, **mapped, **normalized, **gated,
         )  # fmt: skip
-    state = ops.attention_state(
-        k, v, num_heads, scale, key_bias, rotary=rotary, key_weight=key_weight, **mapped
-    )
-    state = _Sum.apply(state, group.handle)
-    read = {**mapped, **normalized, "rotary": rotary}
-    if dwc_weight is None:
-        return ops.attention_from_state(q, state, num_heads, scale, **read, **gated)
-    if size is None:
+    if dwc_weight is not None and size is None:
         raise ValueError("size was left out, expected (rows, W) of this process's strip beside dwc_weight")
-    out = ops.attention_from_state(q, state, num_heads, scale, **read)
-    out = _depthwise(v, dwc_weight, dwc_bias, size, group).add_(out)
-    return reference._gated(out, gate, gate_activation)
+    state: Any = 0
+    for part in _parts(k, v):
+        of_keys = {"rotary": _rows(rotary, 0, part), "key_weight": _rows(key_weight, 1, part)}
+        keys, values, bias = _rows(k, 1, part), _rows(v, 1, part), _rows(key_bias, 0, part)
+        state = state + ops.attention_state(keys, values, num_heads, scale, bias, **of_keys, **mapped)
+    state = _Sum.apply(state, group.handle)
+    out = None if dwc_weight is None else _depthwise(v, dwc_weight, dwc_bias, size, group)  # type: ignore[arg-type]
+    parts = _parts(q, v)
+    for part in parts:
+        queries = {**mapped, **normalized, "rotary": _rows(rotary, 0, part)}
+        attended = ops.attention_from_state(_rows(q, 1, part), state, num_heads, scale, **queries)
+        if len(parts) == 1:
+            out = attended if out is None else out.add_(attended)
+            break
+        if out is None:
+            out = attended.new_zeros(*q.shape[:2], attended.shape[2])
+        out[:, part].add_(attended)
+    return reference._gated(out, gate, gate_activation).to(q.dtype)  # type: ignore[arg-type]
+
+
+# Without gradients tokens go by parts of so many, which bounds what the operators allocate.
+_PART = 1 << 16
+
+
+def _parts(*tokens: Tensor) -> list[slice]:
+    count = tokens[0].shape[1]
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tokens)
+    if torch.compiler.is_compiling() or recorded or count <= _PART:
+        return [slice(None)]
+    return [slice(start, start + _PART) for start in range(0, count, _PART)]
+
+
+def _rows(x: Any, dim: int, part: slice) -> Any:
+    """The part's rows of what is of tokens; all of them, as they are, where there is one part."""
+    if x is None or part == slice(None):
+        return x
+    return x[part] if dim == 0 else x[:, part]
 
 
 class _Group(NamedTuple):

@@ -56,6 +56,23 @@ def test_one_process_refuses_cut_windows_and_foreign_groups(tmp_path: Path) -> N
         dist.destroy_process_group()
 
 
+def test_parts_of_tokens_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without gradients a strip goes by parts, so that temporary memory is bounded."""
+    monkeypatch.setattr(distributed, "_PART", 7)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for taps in (None, (3, 3)):
+            given = {name: x.detach() for name, x in inputs(6, taps, 0).items()}
+            general = {"gate": given["q"], "normalizer": "subtract", "key_weight": torch.rand(2, 30).double()}
+            general["rotary"] = flatten_ext.rotary_table((6, WIDTH), CHANNELS, HEADS, dtype=torch.float64)
+            for more in ({}, general):
+                found = distributed.attention(num_heads=HEADS, size=(6, WIDTH), **given, **more)
+                expected = flatten_ext.attention(num_heads=HEADS, size=(6, WIDTH), **given, **more)
+                torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    finally:
+        dist.destroy_process_group()
+
+
 def inputs(rows: int, taps: tuple[int, int] | None, prefix: int, images: int = 2) -> dict[str, Tensor]:
     tokens = prefix + rows * WIDTH
     made = {name: torch.randn(images, tokens, CHANNELS) for name in ("q", "k", "v")}
