@@ -100,7 +100,7 @@ CSRC_FLOORS = (
     ("cpu/isa",),
     ("dtypes.h", "show.h", "arguments.h", "states.h", "checker.h", "outputs.h", "plain_torch.h"),
     ("operators.h",),
-    ("cuda/launch.h", "cuda/workspace.h", "cuda/enqueue.cuh", "cuda/choose.h"),
+    ("cuda/launch.h", "cuda/launch_error.h", "cuda/workspace.h", "cuda/enqueue.cuh", "cuda/choose.h"),
     ("cuda/general",),
     ("cuda/tensorcore",),
     ("",),
