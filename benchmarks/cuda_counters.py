@@ -163,6 +163,27 @@ def row(call: dict, name: str, launches: list[dict]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+REMAINING = """\
+## What tensor cores do not do
+
+`benchmarks/cuda_coverage.py` lists the models' calls and users' options, and says which kernels take them. By
+the planning code, none of the published models' calls is on general kernels on an H100, B200, A100, L40S,
+RTX 4090, RTX 5090, A10 or A6000, at batches of 1 to 2048, at 224 and 384 pixels, in both half types and
+directions. `FLATTEN_LOG=1` says why a call is:
+
+- float32 and float64: their products on tensor cores would round the inputs to fewer digits;
+- heads of more than 128 channels or of no multiple of 8: rows would not be whole 16-byte vectors;
+- tensors whose rows are not aligned to 16 bytes, for the same reason;
+- the general form (feature maps, rotation, key weights, gates, values of a width of their own): not written
+  yet;
+- taps so large that the weights, a head's matrix and the pixels around four rows do not fit a block's shared
+  memory: 9 x 9 with heads of more than 64 channels where it has 99 KB.
+
+The sums that end a backward pass (`general::sum_parameters`) are no products. `depthwise_conv` alone is
+general.
+"""
+
+
 def report(calls: list[dict], commands: list[str]) -> str:
     gpus = [f"{g.name} {g.bandwidth / 1e12} TB/s, {g.multiprocessors} SMs, {g.clock / 1e9} GHz" for g in GPUS]
     lines = [
@@ -209,7 +230,7 @@ def report(calls: list[dict], commands: list[str]) -> str:
                 name = f"{call['shape']} | `{kernel}` | {launch['blocks']} x {launch['threads']} | "
                 name += f"{launch['shared_bytes'] / 1024:.1f}"
                 lines.append(row(call, name, [launch]))
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *REMAINING.splitlines()]) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------- main

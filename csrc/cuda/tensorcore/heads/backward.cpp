@@ -33,7 +33,7 @@ CorrelateParams correlate_of(const AttentionBackward& p, const Kernels& kernels,
   params.kernel_w = static_cast<int>(p.taps.kernel_w);
   params.windows = static_cast<int>(g.batch * g.windows());
   params.per_channel = p.taps.per_channel;
-  const Rectangles cut(params.rows.grid, kMany, device, [&](int height, int width) {
+  const Rectangles cut(params.rows.grid, p.taps, kMany, device, [&](int height, int width) {
     params.region_h = height, params.region_w = width;
     return kernels.correlate_shared(params);
   });

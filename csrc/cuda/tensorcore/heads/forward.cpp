@@ -144,7 +144,7 @@ MultiplyParams multiply_of(const AttentionInputs& p, Product product, const Feat
   params.per_channel = p.taps.per_channel;
   params.kernel_h = static_cast<int>(p.taps.kernel_h);
   params.kernel_w = static_cast<int>(p.taps.kernel_w);
-  const Rectangles cut(features.rows.grid, pieces, device, [&](int height, int width) {
+  const Rectangles cut(features.rows.grid, p.taps, pieces, device, [&](int height, int width) {
     params.region_h = height, params.region_w = width;
     return kernels.multiply_shared(params);
   });

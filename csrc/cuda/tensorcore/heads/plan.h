@@ -35,38 +35,47 @@ struct RowChunks {
   static constexpr std::int64_t kBlocksEach = 4;
 };
 
-/// Cuts windows into rectangles of at most kMostPixels pixels whose blocks `bytes(height, width)` fit.
+/// Cuts windows into rectangles of at most kMostPixels pixels whose blocks `bytes(height, width)` fit: those
+/// that read the least halo for a pixel.
 struct Rectangles {
-  static constexpr int kMostPixels = 2 * kMostWarps * kTileRows, kMostWidth = 32;
-  int height, width, columns, count;
+  static constexpr int kMostPixels = 2 * kMostWarps * kTileRows, kMostWidth = 32, kLeastWidth = 8,
+                       kEnough = 64;
+  int height = 0, width = 0, columns = 0, count = 0;
   bool fit = false;
 
   template <class Bytes>
-  Rectangles(const WindowGrid& grid, std::int64_t pieces, const Device& device, Bytes bytes) {
-    const std::int64_t half = device.shared_bytes / 2 - 1024;  // for two blocks at once
-    columns = ceil_div(grid.window_w, kMostWidth);
-    for (const std::int64_t budget : {half, device.shared_bytes}) {
-      for (;; ++columns) {
-        width = ceil_div(grid.window_w, columns);
-        const int most = std::min(grid.window_h, std::max(1, kMostPixels / width));
-        for (height = most; height > 0; --height) {
-          if (bytes(height, width) <= budget) break;
-        }
-        // Not narrow rows, whose halo would be most of what is read.
-        if (height >= std::min(grid.window_h, 4) || width <= 4) break;
-      }
+  Rectangles(const WindowGrid& grid, const Taps& taps, std::int64_t pieces, const Device& device,
+             Bytes bytes) {
+    // For two blocks at once if they are large enough, else for one.
+    for (const std::int64_t budget : {device.shared_bytes / 2 - 1024, device.shared_bytes}) {
+      search(grid, taps, [&](int h, int w) { return bytes(h, w) <= budget; });
       fit = height > 0;
-      if (fit) break;
-      columns = ceil_div(grid.window_w, kMostWidth);
+      if (fit && height * width >= std::min(grid.window_h * grid.window_w, kEnough)) break;
     }
     if (!fit) return;
-    columns = ceil_div(grid.window_w, width);
     // Shorter ones where there are few blocks.
     while (height > 4 && pieces * columns * ceil_div(grid.window_h, height) < 2 * device.multiprocessors) {
       height = ceil_div(height, 2);
     }
     height = ceil_div(grid.window_h, ceil_div(grid.window_h, height));  // of even height
     count = columns * ceil_div(grid.window_h, height);
+  }
+
+ private:
+  template <class Fits>
+  void search(const WindowGrid& grid, const Taps& taps, Fits fits) {
+    double best = 0;
+    for (int cut = ceil_div(grid.window_w, kMostWidth);; ++cut) {
+      const int w = ceil_div(grid.window_w, cut);
+      int h = std::min(grid.window_h, std::max(1, kMostPixels / w));
+      while (h > 0 && !fits(h, w)) --h;
+      const double with_halo = static_cast<double>((h + taps.kernel_h - 1) * (w + taps.kernel_w - 1));
+      if (h > 0 && h * w / with_halo > best) {
+        best = h * w / with_halo;
+        height = h, width = w, columns = ceil_div(grid.window_w, w);
+      }
+      if (w <= kLeastWidth) break;
+    }
   }
 };
 
