@@ -105,9 +105,16 @@ __device__ __forceinline__ float square_root(float x) {
   return y;
 }
 
-/// The factor that makes y^p phi(y): |y| / |y^p|.
+/// max(x, 0); fmaxf would make 0 of NaN.
+__device__ __forceinline__ float relu(float x) {
+  float y;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+/// The factor that makes y^p phi(y): |y| / |y^p|, and 0 for a row of zeros. NaN is handed on.
 __device__ __forceinline__ float phi_factor(const Norms& n) {
-  const float ratio = n.power > 0.0f ? square_root(__fdividef(n.linear, n.power)) : 0.0f;
+  const float ratio = n.power != 0.0f ? square_root(__fdividef(n.linear, n.power)) : 0.0f;
   return n.prescale == 1.0f ? ratio : __fdividef(ratio, n.prescale);
 }
 
@@ -349,7 +356,7 @@ class Focus {
       for (int r = 0; r < 4; ++r) {
         bias.template add<T>(y[s][r], s, r);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) y[s][r][i] = fmaxf(y[s][r][i], 0.0f);
+        for (int i = 0; i < 8; ++i) y[s][r][i] = relu(y[s][r][i]);
       }
     }
   }

@@ -32,9 +32,9 @@ struct RowTerms {
   /// gain of 0 makes all of dy 0.
   __device__ __forceinline__ RowTerms(const float (&gains)[4], float own_gain, float dot,
                                       const Norms& norms) {
-    const float by_linear = norms.linear > 0.0f ? __fdividef(dot, norms.linear) : 0.0f;
+    const float by_linear = norms.linear != 0.0f ? __fdividef(dot, norms.linear) : 0.0f;
     quad_gather(linear, by_linear * own_gain);
-    quad_gather(power, norms.power > 0.0f ? __fdividef(dot, norms.power) : 0.0f);
+    quad_gather(power, norms.power != 0.0f ? __fdividef(dot, norms.power) : 0.0f);
 #pragma unroll
     for (int r = 0; r < 4; ++r) gain[r] = gains[r];
     prescaled = !__all_sync(kAllLanes, norms.prescale == 1.0f);
@@ -141,7 +141,7 @@ __device__ __forceinline__ void gradient_of_powers(uint32_t (&x)[4][4], const La
     for (int row = 0; row < 4; ++row) {
       const float2 input = add_bias<T>(Pair<T>::unpack(x[row][w]), bias, 0, row, 2 * w);
       const auto mapped = [&](float value, float a) {
-        return fmaf(fmaxf(value, 0.0f), a, params.eps * a) * terms.prescale[row];
+        return fmaf(relu(value), a, params.eps * a) * terms.prescale[row];
       };
       const float2 y = {mapped(input.x, scale.x), mapped(input.y, scale.y)};
       const float2 raised = raise_less_one(y, params);
@@ -149,7 +149,7 @@ __device__ __forceinline__ void gradient_of_powers(uint32_t (&x)[4][4], const La
         const float rest = terms.gain[row] * fmaf(-terms.power[row], y * raised, r_value);
         const float dy = fmaf(params.power * raised, rest, terms.linear[row] * y);
         sum = fmaf(dy, y, sum);
-        return value > 0.0f ? dy * terms.prescale[row] * a : 0.0f;
+        return value <= 0.0f ? 0.0f : dy * terms.prescale[row] * a;  // NaN is neither, and handed on
       };
       const float* pair = &d[row / 2][row % 2 * 2];
       const float low = gradient(input.x, scale.x, y.x, raised.x, pair[0], sums.x);
