@@ -1,4 +1,4 @@
-"""NaN and infinity are handed on, forward and backward, by the tensor-core kernels."""
+"""NaN and infinity are handed on, forward and backward, by the tensor-core kernels and the general ones."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ MAP = Case(size=(20, 20), kernel=(3, 3), head_dim=32, batch=2)
 CALLS = [
     *((WINDOW, dtype) for dtype in (torch.bfloat16, torch.float16)),
     (MAP, torch.bfloat16),
+    (replace(WINDOW, head_dim=12), torch.float64),
 ]
 # Which tensor has the value, and whether there is a key_bias: bfloat16 has two ways to compute p = 3.
 INPUTS = [("q", True), ("q", False), ("k", True), ("k", False), ("v", True), ("key_bias", True)]

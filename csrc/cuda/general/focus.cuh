@@ -143,7 +143,7 @@ struct Focus {
         sum_p += __shfl_xor_sync(0xffffffffu, sum_p, lanes);
       }
       if (threadIdx.x % kRowLanes == 0) {
-        const bool alive = inverse > 0;
+        const bool alive = sum_y != 0;  // NaN and infinity make it NaN, and so the gain and the gradient
         rows.inverse[slot] = inverse;
         rows.gain[slot] = alive ? largest * sqrt(sum_y / sum_p) : A(token < 0);
         rows.inverse_y[slot] = alive ? 1 / sum_y : A(0);
@@ -189,7 +189,7 @@ struct Focus {
     const A dy =
         factor * (power.slope(z) * (e - zp * dot * rows.inverse_p[slot]) + z * dot * rows.inverse_y[slot]);
     scale_sum += dy * y;
-    return x > 0 ? dy * inverse : A(0);
+    return x <= 0 ? A(0) : dy * inverse;  // NaN is neither, and handed on
   }
 };
 
