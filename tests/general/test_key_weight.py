@@ -107,6 +107,16 @@ def test_nan_in_a_key_that_counts_is_handed_on(operators, place, feature_map):
 
 @every_implementation
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_a_weight_of_nan_is_handed_on(operators, normalizer):
+    arguments = General(feature_map="elu", key_weight="keys", normalizer=normalizer).arguments()
+    arguments["key_weight"][0, 3] = math.nan
+    out = operators.attention(**arguments)
+    assert out[0].isnan().all()
+    assert torch.isfinite(out[1]).all()
+
+
+@every_implementation
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
 def test_a_window_without_keys(operators, normalizer, eps):
     """The attention term and all its gradients are 0 there, and the other windows do not notice."""

@@ -232,7 +232,7 @@ class GeneralCall {
       return;
     }
     total_weights(pair, s.inverse);
-    for (i64 r = 0; r < weight_rows; ++r) s.inverse[r] = s.inverse[r] > 0 ? 1 / s.inverse[r] : 0;
+    for (i64 r = 0; r < weight_rows; ++r) s.inverse[r] = s.inverse[r] == 0 ? 0 : 1 / s.inverse[r];
   }
   bool is_empty(i64 h, const KeyShares<X>& s) const { return s.inverse[weight_rows == 1 ? 0 : h] == 0; }
   const T* share_of(i64 h, const KeyShares<X>& s) const {
