@@ -43,6 +43,28 @@ def test_nan_goes_where_the_formula_takes_it(case, name, p):
     assert not expected["out"][0].isnan().any(), "NaN has left its image"
 
 
+@pytest.mark.parametrize("eps", [1e-6, 0.0])
+@pytest.mark.parametrize("p", [1.0, 2.0, 2.5, 3.0, 4.0])
+@pytest.mark.parametrize("name", ["q", "k", "v", "key_bias", "grad_out"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("case", [WINDOWS, MAP, SMALL], ids=["windows", "map", "small"])
+def test_no_entry_is_finite_that_the_formula_has_not(case, value, name, p, eps):
+    """Nor the other way round, entry by entry: of the output, and of the gradients but those of the taps."""
+    for alone in (False, True):  # alone in its row above zero
+        arguments = replace(case, p=p, eps=eps).arguments(torch.float32)
+        grad_out = torch.randn_like(arguments["q"])
+        poisoned = grad_out if name == "grad_out" else arguments[name]
+        row = poisoned[5] if name == "key_bias" else poisoned[1, 5]
+        if alone and name in ("q", "k"):
+            row.copy_(-row.abs())
+        row[2] = value
+        found = gradients(torch.ops.flatten.attention, arguments, grad_out)
+        expected = gradients(reference.attention, arguments, grad_out)
+        for which in ("out", "q", "k", "v", "key_bias", "scale"):
+            finite = expected[which].isfinite()
+            assert torch.equal(found[which].isfinite(), finite), f"{which}, alone: {alone}"
+
+
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_nan_in_features(name):
     arguments = replace(MAP, p=None).arguments()

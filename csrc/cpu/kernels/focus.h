@@ -116,12 +116,14 @@ __attribute__((noinline)) void focus_row_safely(const X* x, const B* bias, int t
       store(z + h * c.head_stride() + d, zp);
     }
   }
-  const bool alive = divisor > 0;
-  norms.squares[t] = alive ? sum(squares) : 1;
-  norms.powers[t] = alive ? sum(powers) : 1;
+  // Only a row of zeros sums to 0. NaN and infinity make the sums NaN, and so the factor and the gradient.
+  const T n = sum(squares), np = sum(powers);
+  const bool alive = n != 0;
+  norms.squares[t] = alive ? n : 1;
+  norms.powers[t] = alive ? np : 1;
   const T ratio = norms.squares[t] / norms.powers[t];
   norms.factor[t] = alive ? divisor * square_root(broadcast(ratio))[0] : 0;
-  norms.inverse_divisor[t] = alive ? 1 / divisor : 0;
+  norms.inverse_divisor[t] = alive ? (n == n ? 1 / divisor : n) : 0;
 }
 
 /// y^p of R rows from row t on, and the sums of y^2 and y^2p.
@@ -233,7 +235,7 @@ FLATTEN_INLINE void focus_rows_backward(const X* const* x, BiasRows bias, int t,
           dy = fma(slope, dy - z_less_one * z * across[r], z * along[r]);
         }
         scale_sum = fma(dy, y, scale_sum);
-        const Vec<T> dx = xv > 0 ? dy * inverse_scale : Vec<T>{};
+        const Vec<T> dx = xv <= 0 ? Vec<T>{} : dy * inverse_scale;  // NaN is neither, and handed on
         if (bias_sum[r]) {
           T* sum = bias_sum[r] + at;
           if (kFillsLine<T> && to.bias_streamed) {
@@ -261,7 +263,7 @@ template <int kP, bool kWhole, class B, class X, class T>
 void focus_block_backward(const X* const* x, BiasRows bias, int count, const T* r, Channels c,
                           FocusParameters<T> f, const Norms<T>& norms, const T* dot,
                           const RowGradients<X, T>& to) {
-  const auto alive = [&](int t) { return norms.inverse_divisor[t] > 0; };
+  const auto alive = [&](int t) { return norms.inverse_divisor[t] != 0; };
   for (int t = 0; t < count;) {
     if (t + 2 <= count && alive(t) && alive(t + 1)) {
       focus_rows_backward<kP, kWhole, 2, B>(x, bias, t, r, c, f, norms, dot, to);
