@@ -75,7 +75,10 @@ Call choose_attention(const Params& params, const Device& device) {
 
 }  // namespace
 
-bool takes(const AttentionInputs& inputs) { return level() > Level::kReference && is_plain(inputs); }
+bool takes(const AttentionInputs& inputs) {
+  return level() > Level::kReference && is_plain(inputs) &&
+         inputs.geometry.head_dim <= general::most_head_dim(inputs.dtype);
+}
 
 bool takes(const ConvInputs& inputs) { return level() > Level::kReference && !inputs.taps.per_image; }
 

@@ -34,8 +34,14 @@ std::string describe(const AttentionBackward& params);
 std::string describe(const ConvForward& params);
 std::string describe(const ConvBackward& params);
 
-/// Right for every call on every supported device.
+/// Right for every call on every supported device, up to heads as wide as this.
 namespace general {
+
+/// Blocks keep m of a head in shared memory, beside 61,568 bytes in float64 (`BackwardShared::sums`) and
+/// 58,320 in float with 7 x 7 taps (`BackwardShared::key`): this many channels, in blocks of 32, still fit
+/// the 64 KiB of compute capability 7.5.
+constexpr std::int64_t most_head_dim(Dtype dtype) { return dtype == Dtype::kFloat64 ? 480 : 1792; }
+
 Call choose(const AttentionForward& params, const Device& device);
 Call choose(const AttentionBackward& params, const Device& device);
 Call choose(const ConvForward& params, const Device& device);

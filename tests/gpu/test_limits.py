@@ -125,6 +125,8 @@ def test_more_tokens_than_32_bits_count(argument):
         on_map(5, 7, batch=1, heads=16, head_dim=32, kernel=(3, 3), key_bias=True, dtype=torch.float64),
         on_map(5, 7, batch=1, heads=8, head_dim=130, kernel=(3, 3), dtype=torch.float64),
         on_map(5, 7, batch=1, heads=2, head_dim=256, dtype=torch.float64),
+        on_map(2, 3, batch=1, heads=1, head_dim=480, dtype=torch.float64),
+        on_map(2, 3, batch=1, heads=1, head_dim=481, dtype=torch.float64),  # by plain torch
     ],
     ids=str,
 )
