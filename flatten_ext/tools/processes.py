@@ -38,8 +38,10 @@ class Processes:
 
     def own_device(self, name: str) -> str:
         """The device of this process: of several on one machine each has its own GPU."""
+        if self.count == 1:
+            return name
         device = torch.device(name)
-        if self.count == 1 or device.type == "cpu" or device.index is not None:
+        if device.type == "cpu" or device.index is not None:
             return name
         return f"{device.type}:{os.environ.get('LOCAL_RANK', self.rank)}"
 
