@@ -16,13 +16,14 @@ MAP = Case(size=(20, 20), kernel=(3, 3), head_dim=32, batch=2)
 CALLS = [
     *((WINDOW, dtype) for dtype in (torch.bfloat16, torch.float16)),
     (MAP, torch.bfloat16),
+    *((case, torch.float32) for case in (WINDOW, MAP)),  # a warp a head, at p = 3
     (replace(WINDOW, head_dim=12), torch.float64),
 ]
 # Which tensor has the value, and whether there is a key_bias: bfloat16 has two ways to compute p = 3.
 INPUTS = [("q", True), ("q", False), ("k", True), ("k", False), ("v", True), ("key_bias", True)]
 
 
-@pytest.mark.parametrize(("value", "p"), [(float("nan"), 3.0), (float("inf"), 2.5)])
+@pytest.mark.parametrize(("value", "p"), [(float("nan"), 3.0), (float("inf"), 3.0), (float("inf"), 2.5)])
 @pytest.mark.parametrize(("name", "key_bias"), INPUTS)
 @pytest.mark.parametrize(("case", "dtype"), CALLS)
 def test_is_not_lost(case, dtype, name, key_bias, value, p):

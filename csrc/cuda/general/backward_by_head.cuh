@@ -149,7 +149,7 @@ struct HeadFinish {
           const float y = relu(x[c]) * of_scale[i] + eps * of_scale[i], z = y * term.x, z2 = z * z;
           const float dy = term.y * z2 * (e.sum[t][i] - z2 * z * term.z) + z * term.w;
           scale_sums[i] += dy * y;
-          x[c] = x[c] > 0 ? dy * of_scale[i] : 0.0f;
+          x[c] = x[c] <= 0 ? 0.0f : dy * of_scale[i];
         }
         if (out) store_pack<4, float>(out + token * out_stride + column, x);
       }

@@ -300,12 +300,13 @@ struct HeadFocus {
     }
     const float own_most = reduce_rows(at, most, Larger());
     const float largest = join(at, 2, {own_most, 0}, Larger()).x;
-    // A row of zeros (eps = 0) has no direction: it maps to zeros.
+    // A row of zeros (eps = 0) has no direction: it maps to zeros. One with an infinity maps to NaN: its
+    // factor is 0.
     const float pre = largest >= FLT_MIN ? 1 / largest : 0.0f;
     cube<kDot, true>(at, x, pre, tile, vector, sums, dot);
     const float2 total = join(at, parity, sums, Add());
     parity ^= 1;
-    if (!(pre > 0)) return {0, 0, 0, 0};
+    if (largest < FLT_MIN) return {0, 0, 0, 0};
     return {pre, largest * sqrtf(total.x / total.y), 1 / total.x, 1 / total.y};
   }
 };
