@@ -72,11 +72,11 @@ def test_isa_units_share_no_code(build: Path) -> None:
     assert objects
     for unit in objects:
         namespace = unit.name.partition(".")[0]
-        listing = subprocess.run(
-            ["nm", "-C", "--defined-only", unit], capture_output=True, text=True, check=True
-        )
+        # Mangled: nm gives up demangling the longest.
+        listing = subprocess.run(["nm", "--defined-only", unit], capture_output=True, text=True, check=True)
         weak = re.findall(r"^\w+ [VWu] (.*)$", listing.stdout, re.M)
-        assert [symbol for symbol in weak if f"flatten::cpu::{namespace}::" not in symbol] == []
+        own = f"7flatten3cpu{len(namespace)}{namespace}"
+        assert [symbol for symbol in weak if own not in symbol] == []
 
 
 def test_find_package(build: Path, tmp_path: Path) -> None:
