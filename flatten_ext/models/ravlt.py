@@ -176,7 +176,9 @@ class RavltTransformer(NormedPyramid):
             )
         )
         self.num_features = self.head_hidden_size = projection
-        self.reset_classifier(num_classes)
+        self.num_classes = num_classes
+        if num_classes > 0:
+            self.head = nn.Linear(projection, num_classes, **dd)
         self.init_weights(needs_reset=False)
 
     def _init_weights(self, m: nn.Module) -> None:
