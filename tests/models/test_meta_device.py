@@ -109,7 +109,8 @@ def test_converted_models(name: str, family: str, reset: Callable[[nn.Module], N
 @pytest.mark.parametrize("family", ALL)
 def test_a_new_size_first(family: str) -> None:
     """set_input_size on the meta device, then memory. (timm's older releases resize no tables there.)"""
-    model = small(family, device="meta", **({"attn_type": "LLLL"} if family == "swin" else {}))
+    linear = {"attn_type": "LLLL"} if family.endswith("swin") else {}
+    model = small(family, device="meta", **linear)
     model.set_input_size((64, 96))
     model = poisoned(model)
     by_timm(model)
