@@ -12,19 +12,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from ._grids import KeepsGrid
 from ._layers import is_plain_conv
+from ._local import Size, along_tokens, call_layer, device_of, local_layer
 from .ops import attention, depthwise_conv
-from .reference import FEATURE_MAPS, NORMALIZERS, choose, from_windows, to_windows
+from .reference import FEATURE_MAPS, NORMALIZERS, choose
 
-Size = Sequence[int]  # height, width
-
-# torch.fx records their calls whole: they look into sizes, which have no values while it traces.
-torch.fx.wrap("from_windows")
+# torch.fx records its calls whole: it looks into sizes, which have no values while torch.fx traces.
 torch.fx.wrap("resize_positional_encoding")
-torch.fx.wrap("to_windows")
 
 __all__ = ["FocusedAttention", "LearnedKeys", "Size", "resize_positional_encoding"]
 
@@ -81,9 +77,9 @@ class LearnedKeys(KeepsGrid, nn.Module):
         if self.grid is not None:
             tokens = num_prefix_tokens + self.grid[0] * self.grid[1]
             self.positional_encoding = nn.Parameter(torch.empty(1, tokens, dim, **dd))
-        self.get_v: Any = _depthwise(dim, (3, 3), dd) if lepe else None
+        self.get_v: Any = local_layer(dim, (3, 3), **dd) if lepe else None
         kernel = None if kernel_size is None else _odd_pair(kernel_size)
-        self.dwc: Any = None if kernel is None else _depthwise(self.head_dim, kernel, dd)
+        self.dwc: Any = None if kernel is None else local_layer(self.head_dim, kernel, **dd)
         LearnedKeys.reset_parameters(self)
 
     def reset_parameters(self) -> None:
@@ -170,17 +166,17 @@ class FocusedAttention(LearnedKeys):
         key_grid = key_size if key_size is not None else window if window is not None else size
         encoding = self.encoding(key_grid)
         focus = self.form() | {"key_bias": None if encoding is None else encoding[0]} | general
-        weight, bias, called = self._depthwise_branch(None if isinstance(v, Proxy) else v.device)
+        weight, bias, called = self._depthwise_branch(device_of(v))
         if key_size is None:
             focus |= {"size": (size[0], size[1]), "window": window, "shift": shift}
             out = attention(q, k, v, self.num_heads, dwc_weight=weight, dwc_bias=bias, **focus)
         else:
             out = attention(q, k, v, self.num_heads, **focus)
-            v = F.interpolate(v.transpose(1, 2), q.shape[1], mode="linear").transpose(1, 2)
+            v = along_tokens(v, q.shape[1])
             if weight is not None:
                 out = out + depthwise_conv(v, weight, bias, (size[0], size[1]))
         for layer, channels in called:
-            out = out + _call(layer, channels, v, size, window, shift).to(out.dtype)
+            out = out + call_layer(layer, channels, v, size, window, shift).to(out.dtype)
         return out
 
     def form(self) -> dict[str, Any]:
@@ -222,26 +218,6 @@ class FocusedAttention(LearnedKeys):
         return weight, sum(biases) if biases else None, called
 
 
-def _call(
-    layer: nn.Module, channels: int, v: Tensor, size: Size, window: Size | None, shift: Size | None
-) -> Tensor:
-    """What `layer`, called once on all maps (or windows) of `channels` channels, adds to the tokens.
-
-    Channel c of v is channel c % channels of a map; prefix tokens get 0.
-    """
-    height, width = size if window is None else window
-    prefix = v.shape[1] - size[0] * size[1]
-    tokens = v[:, prefix:].unsqueeze(1) if window is None else to_windows(v, size, window, shift)
-    batch, windows = tokens.shape[:2]
-    heads = v.shape[2] // channels
-    maps = tokens.unflatten(-1, (heads, channels)).permute(0, 1, 3, 4, 2)
-    maps = layer(maps.flatten(0, 2).unflatten(-1, (height, width)))
-    tokens = maps.flatten(2).unflatten(0, (batch, windows, heads)).permute(0, 1, 4, 2, 3).flatten(3)
-    if window is None:
-        return F.pad(tokens.squeeze(1), (0, 0, prefix, 0))
-    return from_windows(tokens, size, window, shift)
-
-
 def _odd_pair(kernel_size: Any) -> tuple[int, int]:
     pair = tuple(kernel_size) if isinstance(kernel_size, Sequence) else (kernel_size, kernel_size)
     if len(pair) != 2 or not all(isinstance(side, int) and side > 0 and side % 2 for side in pair):
@@ -249,11 +225,6 @@ def _odd_pair(kernel_size: Any) -> tuple[int, int]:
             f"kernel_size is {kernel_size}, expected a positive odd number, or two: (height, width)"
         )
     return pair[0], pair[1]
-
-
-def _depthwise(channels: int, kernel: tuple[int, int], dd: dict[str, Any]) -> nn.Conv2d:
-    padding = (kernel[0] // 2, kernel[1] // 2)
-    return nn.Conv2d(channels, channels, kernel, padding=padding, groups=channels, **dd)
 
 
 @torch.fx.wrap

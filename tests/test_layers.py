@@ -87,7 +87,8 @@ PYTHON_FLOORS = (
     ("flatten_ext.rotary", "flatten_ext.reference"),
     ("flatten_ext._torch",),
     ("flatten_ext.ops",),
-    ("flatten_ext._focused", "flatten_ext._grids", "flatten_ext._layers", "flatten_ext.distributed"),
+    ("flatten_ext._grids", "flatten_ext._layers", "flatten_ext._local", "flatten_ext.distributed"),
+    ("flatten_ext._focused",),
     ("flatten_ext.nn",),
     ("flatten_ext",),  # and what is not named here
     ("flatten_ext.models",),
@@ -100,7 +101,10 @@ CSRC_FLOORS = (
     ("cpu/isa",),
     ("dtypes.h", "show.h", "arguments.h", "states.h", "checker.h", "outputs.h", "plain_torch.h"),
     ("operators.h",),
-    ("cuda/launch.h", "cuda/launch_error.h", "cuda/workspace.h", "cuda/enqueue.cuh", "cuda/choose.h"),
+    (
+        *("cuda/launch.h", "cuda/launch_error.h", "cuda/workspace.h", "cuda/enqueue.cuh", "cuda/choose.h"),
+        "cuda/relu.cuh",
+    ),
     ("cuda/general",),
     ("cuda/tensorcore",),
     ("",),

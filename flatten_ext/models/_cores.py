@@ -22,17 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from .._focused import LearnedKeys, Size, _call
+from .._focused import LearnedKeys
 from .._layers import is_plain_conv
+from .._local import Size, along_tokens, device_of, local_layer, local_term
 from ..ops import attention, depthwise_conv, linear_attention
 from ..reference import elu_plus_one, from_windows, to_windows
-from ..rotary import kept_table as _table
-from ..rotary import rotate
+from ..rotary import kept_table, rotate
 
 # torch.fx records their calls whole: they look into sizes and dtypes, which have no values while it traces.
 torch.fx.wrap("_widened")
 torch.fx.wrap("from_windows")
-torch.fx.wrap("_table")
+torch.fx.wrap("kept_table")
 torch.fx.wrap("to_windows")
 
 __all__ = [
@@ -68,10 +68,6 @@ class _Placeless(nn.Module):
     set_feat_size = set_grid
 
 
-def _depthwise(dim: int, kernel_size: int, **dd: Any) -> nn.Conv2d:
-    return nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, **dd)
-
-
 def _widened(x: Tensor) -> Tensor:
     """In float32, or float64 where it is that."""
     return x if x.dtype == torch.float64 else x.float()
@@ -83,10 +79,6 @@ def _in_its_dtype(x: Any) -> Any:
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device, enabled=False)
-
-
-def _device(x: Any) -> torch.device | None:
-    return None if isinstance(x, Proxy) else x.device
 
 
 @torch.fx.wrap
@@ -109,7 +101,7 @@ class _RotaryAttention(_Placeless):
         divisor = 4 * num_heads if self.shared_angles else 4
         if dim % divisor:
             raise ValueError(f"dim is {dim}, expected a multiple of {divisor}: rows and columns turn pairs")
-        self.lepe = _depthwise(dim, self.kernel_size, **dd)
+        self.lepe = local_layer(dim, (self.kernel_size, self.kernel_size), **dd)
 
     def key_weight(self, q: Tensor, k: Tensor, size: Size, window: Size | None, shift: Size | None) -> Any:
         """Weights (B, N, heads) of the keys, or None for 1."""
@@ -138,7 +130,7 @@ class _RotaryAttention(_Placeless):
         if key_size is not None:
             raise ValueError(f"{type(self).__name__} needs the keys on the queries' map, got reduced keys")
         heads = self.num_heads if self.shared_angles else None
-        lepe, plain = self.lepe, is_plain_conv(self.lepe, self.dim, _device(v))
+        lepe, plain = self.lepe, is_plain_conv(self.lepe, self.dim, device_of(v))
         scale = self.head_dim**-0.5 if self.normalizer == "magnitude" else 1.0
         out = attention(
             q,
@@ -151,7 +143,7 @@ class _RotaryAttention(_Placeless):
             window=window,
             shift=shift,
             feature_map="elu",
-            rotary=_table(q, window or size, self.dim, heads, self.num_prefix_tokens),
+            rotary=kept_table(q, window or size, self.dim, heads, self.num_prefix_tokens),
             key_weight=self.key_weight(q, k, size, window, shift),
             normalizer=self.normalizer,
             similarity_scale=scale,
@@ -160,7 +152,7 @@ class _RotaryAttention(_Placeless):
         )
         if plain:
             return out
-        out = out + _call(lepe, self.dim, v, size, window, shift).to(out.dtype)
+        out = out + local_term(lepe, self.dim, v, size, window, shift)
         if gate is None:
             return out
         return out * (F.silu(gate) if gate_activation == "silu" else gate)
@@ -205,15 +197,11 @@ class RotarySoftmaxAttention(_RotaryAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, size: Size, *places: Any, gate: Any = None) -> Tensor:
         """(B, N, C) queries, keys, values and gate of the map `size` -> (B, N, C)."""
-        table = _table(q, size, self.dim, self.num_heads, self.num_prefix_tokens)
+        table = kept_table(q, size, self.dim, self.num_heads, self.num_prefix_tokens)
         q, k = (_rotated(x, table, self.num_heads) for x in (q, k))
         q, k, values = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, values).transpose(1, 2).flatten(2)
-        if is_plain_conv(self.lepe, self.dim, _device(v)):
-            local = depthwise_conv(v, self.lepe.weight, self.lepe.bias, (size[0], size[1]))
-        else:
-            local = _call(self.lepe, self.dim, v, size, None, None).to(out.dtype)
-        return (out + local) * gate
+        return (out + local_term(self.lepe, self.dim, v, size)) * gate
 
 
 class InlineAttention(_Placeless):
@@ -232,7 +220,7 @@ class InlineAttention(_Placeless):
         **dd: Any,
     ):
         super().__init__(dim, num_heads, num_prefix_tokens)
-        self.get_v: Any = _depthwise(dim, 3, **dd) if lepe else None
+        self.get_v: Any = local_layer(dim, (3, 3), **dd) if lepe else None
         self.residual = nn.Sequential(
             nn.Conv1d(dim, dim, 1, groups=num_heads, **dd),
             nn.GELU(),
@@ -267,13 +255,11 @@ class InlineAttention(_Placeless):
             out = attention(q, k, v, self.num_heads, dwc_weight=taps, **common)
         else:
             out = attention(q, k, v, self.num_heads, **common)
-            v = F.interpolate(v.transpose(1, 2), q.shape[1], mode="linear").transpose(1, 2)
+            v = along_tokens(v, q.shape[1])
             out = out + depthwise_conv(v, taps, None, (size[0], size[1]))
         if self.get_v is None:
             return out
-        if is_plain_conv(self.get_v, self.dim, _device(v)):
-            return out + depthwise_conv(v, self.get_v.weight, self.get_v.bias, size, window, shift)
-        return out + _call(self.get_v, self.dim, v, size, window, shift).to(out.dtype)
+        return out + local_term(self.get_v, self.dim, v, size, window, shift)
 
 
 class PolarAttention(LearnedKeys):
@@ -318,13 +304,14 @@ class PolarAttention(LearnedKeys):
         elif encoding is not None:
             k = k + encoding
         with _in_its_dtype(v):
-            out = self._products(q, k, v, size, window, shift, key_size)
-            return (out if gate is None else out * gate).to(v.dtype)
+            out = self._products(q, k, v, size, window, shift)
+        if self.dwc is not None:
+            values = v if key_size is None else along_tokens(v, q.shape[1])
+            out = out + local_term(self.dwc, self.head_dim, values, size, window, shift)
+        return (out if gate is None else out * gate).to(v.dtype)
 
-    def _products(
-        self, q: Tensor, k: Tensor, v: Tensor, size: Size, window: Any, shift: Any, key_size: Any
-    ) -> Tensor:
-        """The attention and the local term, in float32 or float64: powers leave half precision at once."""
+    def _products(self, q: Tensor, k: Tensor, v: Tensor, size: Size, window: Any, shift: Any) -> Tensor:
+        """The attention in float32 or float64: powers leave half precision at once."""
         q, k, v = (_widened(x) for x in (q, k, v))
         scale = F.softplus(self.scale.to(q.dtype))
         power = 1 + self.alpha * self.power.to(q.dtype).sigmoid().flatten()
@@ -340,16 +327,7 @@ class PolarAttention(LearnedKeys):
             for i, queries in enumerate((same, unlike))
             if i == 0 or self.head_dim > 1
         ]
-        out = torch.cat([part.unflatten(-1, (self.num_heads, -1)) for part in outs], -1).flatten(2)
-        if key_size is not None:
-            v = F.interpolate(v.transpose(1, 2), q.shape[1], mode="linear").transpose(1, 2)
-        if self.dwc is None:
-            return out
-        if is_plain_conv(self.dwc, self.head_dim, _device(v)):
-            weight, bias = self.dwc.weight, self.dwc.bias
-            bias = None if bias is None else bias.to(v.dtype)
-            return out + depthwise_conv(v, weight.to(v.dtype), bias, size, window, shift)
-        return out + _call(self.dwc, self.head_dim, v.to(self.dwc.weight.dtype), size, window, shift)
+        return torch.cat([part.unflatten(-1, (self.num_heads, -1)) for part in outs], -1).flatten(2)
 
     @staticmethod
     def _parts(x: Tensor, power: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,8 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from flatten_ext import FocusedLinearAttention, _focused
+from flatten_ext import FocusedLinearAttention, _local
+from flatten_ext.models import _cores
 from flatten_ext.models._attention import FocusedAttention
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -77,9 +78,33 @@ def test_a_called_layer_gives_what_a_read_one_gives(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_plain_layer_is_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_focused, "_call", None)
+    monkeypatch.setattr(_local, "call_layer", None)
     module, qkv, arguments = _attention(name)
     module.attend(*qkv, **arguments)
+
+
+OTHER_CORES: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "MILA": (lambda: _cores.MilaAttention(12, 3, dtype=torch.float64), "lepe"),
+    "RALA": (lambda: _cores.RalaAttention(12, 3, dtype=torch.float64), "lepe"),
+    "rotary softmax": (lambda: _cores.RotarySoftmaxAttention(12, 3, dtype=torch.float64), "lepe"),
+    "InLine": (lambda: _cores.InlineAttention(12, 3, lepe=True, dtype=torch.float64), "get_v"),
+    "PolaFormer": (lambda: _cores.PolarAttention(12, 3, None, dtype=torch.float64), "dwc"),
+}
+
+
+@pytest.mark.parametrize("core", OTHER_CORES)
+def test_the_other_cores_call_what_is_no_plain_layer(core: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that has no weight of its own, as quantised layers and adapters have none."""
+    make, name = OTHER_CORES[core]
+    module, (q, k, v, gate) = make(), torch.randn(4, 2, 24, 12, dtype=torch.float64)
+    more = {"source": q} if module.reads_input else {"gate": gate}
+    with monkeypatch.context() as patch:
+        patch.setattr(_local, "call_layer", None)
+        read = module.attend(q, k, v, (4, 6), **more)
+    setattr(module, name, nn.Sequential(getattr(module, name)))
+    seen = _watch([getattr(module, name)])
+    torch.testing.assert_close(module.attend(q, k, v, (4, 6), **more), read, rtol=1e-12, atol=1e-12)
+    assert len(seen) == 1
 
 
 def _replace_forward(layer: nn.Conv2d) -> None:  # as accelerate does to offload a layer
@@ -222,7 +247,7 @@ def test_hooks_on_all_modules() -> None:
 
 def test_counting_flops_calls_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """FlopCounterMode hooks every module to keep its name; what it counts is what runs without it."""
-    monkeypatch.setattr(_focused, "_call", None)
+    monkeypatch.setattr(_local, "call_layer", None)
     module = FocusedLinearAttention(12, 3)
     with FlopCounterMode(display=False) as counter:
         module(torch.randn(2, 16, 12))
