@@ -36,16 +36,21 @@ Numbers values_of(const Tensor& measured) {
   return {data, data + host.numel()};
 }
 
-/// Runs the operator `name` on the arguments after the first two. These are compared afterwards, because the
-/// dispatcher takes ownership of all the others, and only what owns them can drop them.
-void run(const char* name, StableIValue* stack) {
+/// Runs the operator `name` on the arguments after the first two, where these agree. Where they do not, the
+/// arguments, which the operator would own, are taken off the stack by `take`, and so dropped.
+template <class Take>
+void run(const char* name, StableIValue* stack, std::uint64_t count, const Take& take) {
   using torch::stable::detail::to;
   const Numbers measured = values_of(to<Tensor>(stack[0])), expected = to<Numbers>(stack[1]);
-  const std::string op = std::string("flatten::") + name;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op.c_str(), "", stack + 2, TORCH_ABI_VERSION));
-  stack[0] = stack[2];
-  if (measured == expected) return;
-  const Tensor dropped = to<Tensor>(stack[0]);
+  if (measured == expected) {
+    const std::string op = std::string("flatten::") + name;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op.c_str(), "", stack + 2, TORCH_ABI_VERSION));
+    stack[0] = stack[2];
+    return;
+  }
+  Arguments given(stack + 2, count - 2);
+  take(given);
+  given.end();
   std::ostringstream message;
   message << "flatten." << name
           << ": size differs from that of the trace: the tokens and the numbers taken from "
@@ -54,9 +59,15 @@ void run(const char* name, StableIValue* stack) {
   throw std::runtime_error(message.str());
 }
 
-void attention(StableIValue* stack, std::uint64_t, std::uint64_t) { run("attention", stack); }
-void linear_attention(StableIValue* stack, std::uint64_t, std::uint64_t) { run("linear_attention", stack); }
-void depthwise_conv(StableIValue* stack, std::uint64_t, std::uint64_t) { run("depthwise_conv", stack); }
+void attention(StableIValue* stack, std::uint64_t count, std::uint64_t) {
+  run("attention", stack, count, [](Arguments& given) { given.attention(Focus::kFocused); });
+}
+void linear_attention(StableIValue* stack, std::uint64_t count, std::uint64_t) {
+  run("linear_attention", stack, count, [](Arguments& given) { given.attention(Focus::kLinear); });
+}
+void depthwise_conv(StableIValue* stack, std::uint64_t count, std::uint64_t) {
+  run("depthwise_conv", stack, count, [](Arguments& given) { given.conv(); });
+}
 
 }  // namespace
 

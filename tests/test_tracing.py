@@ -3,11 +3,14 @@ another size."""
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cases import relative_error
@@ -90,6 +93,24 @@ def test_another_size_is_an_error(function, size, tmp_path):
     traced = loaded(function, torch.randn(1, 4, 4, 8), tmp_path / "traced.pt")
     with pytest.raises(RuntimeError, match=r"flatten\.\w+: (size|window) "):
         traced(torch.randn(1, *size, 8))
+
+
+@pytest.mark.parametrize("function", [attention_in_windows, linear_attention, depthwise_conv])
+def test_another_size_is_told_before_the_operator_runs(function, tmp_path):
+    """And none of its arguments is kept."""
+    traced = loaded(function, torch.randn(1, 4, 4, 8), tmp_path / "traced.pt")
+    array = np.random.default_rng(0).random((1, 6, 4, 8), dtype=np.float32)
+    memory = weakref.ref(array)
+    with (
+        torch.profiler.profile() as profile,
+        pytest.raises(RuntimeError, match="differs from that of the trace"),
+    ):
+        traced(torch.from_numpy(array))
+    names = {event.key for event in profile.key_averages() if event.key.startswith("flatten::")}
+    assert {name[-7:] for name in names} == {"_traced"}
+    del array
+    gc.collect()
+    assert memory() is None
 
 
 def test_more_tokens_than_traced_are_no_prefix(tmp_path):
