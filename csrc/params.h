@@ -17,6 +17,21 @@ constexpr std::int64_t element_size(Dtype dtype) {
   return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
 }
 
+/// As torch prints it, "float32"; null for a value that is none of the four.
+constexpr const char* name(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat64:
+      return "float64";
+    case Dtype::kFloat32:
+      return "float32";
+    case Dtype::kBFloat16:
+      return "bfloat16";
+    case Dtype::kFloat16:
+      return "float16";
+  }
+  return nullptr;
+}
+
 /// A (batch, token, channel) tensor in the call's dtype; channels are adjacent. Strides count elements,
 /// 0 where the tensor was expanded.
 struct Tokens {

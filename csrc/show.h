@@ -5,7 +5,10 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <optional>
 #include <ostream>
+
+#include "dtypes.h"
 
 namespace flatten {
 
@@ -25,7 +28,7 @@ inline std::ostream& operator<<(std::ostream& out, const ShownSizes& shown) {
   return out << (shown.sizes.empty() ? "()" : shown.sizes.size() == 1 ? ",)" : ")");
 }
 
-/// "float32", as torch.float32 prints.
+/// "float32", as torch prints it; of dtypes that no kernel has, torch's name in C++: "Int".
 struct ShownDtype {
   torch::headeronly::ScalarType dtype;
 };
@@ -33,19 +36,8 @@ struct ShownDtype {
 inline ShownDtype show(torch::headeronly::ScalarType dtype) { return {dtype}; }
 
 inline std::ostream& operator<<(std::ostream& out, const ShownDtype& shown) {
-  using torch::headeronly::ScalarType;
-  switch (shown.dtype) {
-    case ScalarType::Double:
-      return out << "float64";
-    case ScalarType::Float:
-      return out << "float32";
-    case ScalarType::BFloat16:
-      return out << "bfloat16";
-    case ScalarType::Half:
-      return out << "float16";
-    default:
-      return out << toString(shown.dtype);
-  }
+  const std::optional<Dtype> dtype = dtype_of(shown.dtype);
+  return out << (dtype ? name(*dtype) : toString(shown.dtype));
 }
 
 /// "cuda:0"
@@ -58,16 +50,11 @@ inline ShownDevice show_device(const torch::stable::Tensor& tensor) { return {te
 inline std::ostream& operator<<(std::ostream& out, const ShownDevice& shown) {
   using torch::headeronly::DeviceType;
   const torch::stable::Device device = shown.tensor.device();
-  switch (device.type()) {
-    case DeviceType::CPU:
-      return out << "cpu";
-    case DeviceType::Meta:
-      return out << "meta";
-    case DeviceType::CUDA:
-      return out << "cuda:" << int(device.index());
-    default:
-      return out << "device type " << int(device.type()) << ':' << int(device.index());
-  }
+  const DeviceType type = device.type();
+  if (type == DeviceType::CPU) return out << "cpu";
+  if (type == DeviceType::Meta) return out << "meta";
+  if (type == DeviceType::CUDA) return out << "cuda:" << int(device.index());
+  return out << "device type " << int(type) << ':' << int(device.index());  // torch has many more
 }
 
 inline bool same(torch::headeronly::IntHeaderOnlyArrayRef a, torch::headeronly::IntHeaderOnlyArrayRef b) {

@@ -19,31 +19,17 @@ bool is_logged() {
   return logged;
 }
 
-const char* name(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::kFloat64:
-      return "float64";
-    case Dtype::kFloat32:
-      return "float32";
-    case Dtype::kBFloat16:
-      return "bfloat16";
-    case Dtype::kFloat16:
-      return "float16";
-  }
-  return "unknown dtype";
-}
-
-const char* name(const AttentionForward&) { return "attention"; }
-const char* name(const AttentionBackward&) { return "attention_backward"; }
-const char* name(const ConvForward&) { return "depthwise_conv"; }
-const char* name(const ConvBackward&) { return "depthwise_conv_backward"; }
+const char* operator_of(const AttentionForward&) { return "attention"; }
+const char* operator_of(const AttentionBackward&) { return "attention_backward"; }
+const char* operator_of(const ConvForward&) { return "depthwise_conv"; }
+const char* operator_of(const ConvBackward&) { return "depthwise_conv_backward"; }
 
 template <class Params>
 std::string described(const Params& params) {
   const Geometry& g = params.geometry;
   std::ostringstream text;
-  text << "flatten." << name(params) << ": " << name(params.dtype) << " (" << g.batch << ", " << g.queries
-       << ", " << g.channels() << "), " << g.heads << " heads, " << g.windows() << " windows";
+  text << "flatten." << operator_of(params) << ": " << name(params.dtype) << " (" << g.batch << ", "
+       << g.queries << ", " << g.channels() << "), " << g.heads << " heads, " << g.windows() << " windows";
   return text.str();
 }
 

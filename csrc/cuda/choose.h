@@ -19,7 +19,9 @@ struct Call {
   explicit operator bool() const { return kernels != nullptr; }
 };
 
-/// Whether there are kernels for a call, in both directions; another runs in plain torch.
+/// Whether there are kernels for a call, in both directions; another runs in plain torch. The answer holds on
+/// every device: heads that fit the shared memory of some GPUs alone are wider than any published model's,
+/// and would only make results differ from GPU to GPU.
 bool takes(const AttentionInputs& inputs);
 bool takes(const ConvInputs& inputs);
 
