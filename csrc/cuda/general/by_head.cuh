@@ -11,6 +11,7 @@
 
 #include <cfloat>
 
+#include "../relu.cuh"
 #include "by_head.h"
 #include "tiles.cuh"
 
@@ -36,17 +37,6 @@ struct HeadLane {
     return __shfl_sync(0xffffffffu, own, slot % 4 * 8 + slot / 4);
   }
 };
-
-/// max(x, 0), NaN if x is.
-__device__ __forceinline__ float relu(float x) {
-#if __CUDA_ARCH__ >= 800
-  float y;
-  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return x < 0 ? 0.0f : x;
-#endif
-}
 
 struct Add {
   __device__ float operator()(float a, float b) const { return a + b; }

@@ -48,6 +48,19 @@ __device__ __forceinline__ void unpack8(float (&y)[8], const uint4& raw) {
   }
 }
 
+/// Adds eight numbers from `at` on, which is a multiple of 8.
+template <typename T>
+__device__ __forceinline__ void add8(float (&x)[8], const Floats& from, int64_t at) {
+  float addend[8];
+  if (from.half) {
+    unpack8<T>(addend, *reinterpret_cast<const uint4*>(static_cast<const T*>(from.data) + at));
+  } else {
+    load8(addend, static_cast<const float*>(from.data) + at);
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] += addend[i];
+}
+
 /// The positional encoding of a tile's tokens, seen by one lane.
 struct LaneBias {
   Floats bias;            // rows aligned to 16 bytes, or null
@@ -58,15 +71,7 @@ struct LaneBias {
   __device__ __forceinline__ void add(float (&x)[8], int slice, int r) const {
     if (!bias.data) return;
     const int64_t row = min(token + step * r, last);
-    const int64_t at = row * channels + channel + slice * kSliceChannels;
-    float addend[8];
-    if (bias.half) {
-      unpack8<T>(addend, *reinterpret_cast<const uint4*>(static_cast<const T*>(bias.data) + at));
-    } else {
-      load8(addend, static_cast<const float*>(bias.data) + at);
-    }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] += addend[i];
+    add8<T>(x, bias, row * channels + channel + slice * kSliceChannels);
   }
 };
 struct NoBias {};

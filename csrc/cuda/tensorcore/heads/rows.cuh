@@ -1,6 +1,7 @@
 // Rows of tokens as these kernels see them: where they lie, and phi of them.
 #pragma once
 
+#include "../../relu.cuh"
 #include "../range.cuh"
 #include "../windows.cuh"
 #include "params.h"
@@ -40,22 +41,7 @@ template <typename T>
 __device__ __forceinline__ void add_bias(float (&x)[8], const Features& features, int local, int channel) {
   const Floats& bias = features.focus.key_bias;
   if (!bias.data) return;
-  const int64_t at = static_cast<int64_t>(local) * features.heads * features.head_dim + channel;
-  float addend[8];
-  if (bias.half) {
-    unpack8<T>(addend, *reinterpret_cast<const uint4*>(static_cast<const T*>(bias.data) + at));
-  } else {
-    load8(addend, static_cast<const float*>(bias.data) + at);
-  }
-#pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] += addend[i];
-}
-
-/// max(x, 0), and NaN where x is NaN.
-__device__ __forceinline__ float relu(float x) {
-  float y;
-  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
-  return y;
+  add8<T>(x, bias, static_cast<int64_t>(local) * features.heads * features.head_dim + channel);
 }
 
 /// Turns inputs into z: (relu(x) + eps) / scale times `prescale`, or what is mapped already times `prescale`.
