@@ -1,6 +1,6 @@
 """Measures what docs/evidence.md, docs/models.md and README.md show, and writes it into them.
 
-    python benchmarks/evidence.py                     # everything but the ablation: measure, then render
+    python benchmarks/evidence.py                     # everything but the trainings: measure, then render
     python benchmarks/evidence.py --only stages       # one suite
     python benchmarks/evidence.py --render            # pages and charts from the records, nothing is measured
     python benchmarks/evidence.py --check             # exit status 1 if a page does not show its record
@@ -37,6 +37,8 @@ CAPTIONS = {
     "roofline": "The forward under the machine's roofs",
     "models": "Images per second against FLOPs",
     "quality": "Accuracy of every seed",
+    "restoration": "Decibels of every seed",
+    "restoration-examples": "A held-out photograph, degraded and restored",
 }
 
 

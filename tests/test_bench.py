@@ -18,6 +18,7 @@ pytest.importorskip("timm")
 from typer.testing import CliRunner
 
 from flatten_ext import reference
+from flatten_ext.output import write_json
 from flatten_ext.tools.bench import (
     ablation,
     alternatives,
@@ -29,8 +30,10 @@ from flatten_ext.tools.bench import (
     stages,
     tables,
     timing,
+    trainings,
 )
 from flatten_ext.tools.bench.check import CheckFailed, check_focused, relative_error
+from flatten_ext.tools.bench.families import FAMILIES, FamilyMixer
 from flatten_ext.tools.bench.formulas import eager_attention, make_inputs
 from flatten_ext.tools.bench.results import Results
 from flatten_ext.tools.bench.shapes import QUICK_STAGES, STAGES, Shape, token_ladder
@@ -255,19 +258,34 @@ def test_analysis_sees_rank_and_entropy():
 @pytest.mark.parametrize("model", ablation.MODELS)
 def test_an_ablation_run_is_written_and_resumed(tmp_path, model):
     budget = Budget(epochs=1, train_images=64, test_images=50, evaluations=1)
-    todo = [quality.Task(model, "focused p=3 + DWC", seed) for seed in range(2)]
-    assert quality.pending(todo, tmp_path, budget) == todo
+    todo = [trainings.Task(model, "focused p=3 + DWC", seed) for seed in range(2)]
+    assert trainings.pending(todo, tmp_path, budget) == todo
     result = ablation.run(model, "focused p=3 + DWC", 0, load_mnist(), budget)
-    quality.write_json(todo[0].path(tmp_path), result)
-    assert quality.pending(todo, tmp_path, budget) == todo[1:]
-    assert quality.pending(todo, tmp_path, dataclasses.replace(budget, epochs=2)) == todo
+    write_json(todo[0].path(tmp_path), result)
+    assert trainings.pending(todo, tmp_path, budget) == todo[1:]
+    assert trainings.pending(todo, tmp_path, dataclasses.replace(budget, epochs=2)) == todo
     todo[1].path(tmp_path).write_text("{")
     with pytest.raises(ValueError, match=f"{todo[1].path(tmp_path).name} is not the result of a training"):
-        quality.pending(todo, tmp_path, budget)
+        trainings.pending(todo, tmp_path, budget)
     todo[1].path(tmp_path).unlink()
-    summary = quality.summarise(quality.collect(todo, tmp_path, budget), budget)
+    summary = quality.summarise(trainings.collect(todo, tmp_path, budget), budget)
     assert summary["variants"][0]["accuracy_mean"] == result["accuracy"]
     assert summary["variants"][0]["accuracy_deviation"] is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_without_its_local_term_is_attention_alone(family):
+    torch.manual_seed(0)
+    mixer = FamilyMixer(16, 2, (4, 4), family).double()
+    q, k, v = torch.randn(3, 1, 16, 16, dtype=torch.float64)
+    more = {"source": torch.randn(1, 16, 16, dtype=torch.float64)} if mixer.reads_input else {}
+    assert not torch.allclose(mixer.alone()(q, k, v, **more), mixer(q, k, v, **more))
+    # Weights that sum to 1 give values back that are the same for all tokens, at the map's edges too.
+    same = v[:, :1].expand_as(v)
+    out = mixer.alone()(q, k, same, **more)
+    if family in ("InLine", "PolaFormer"):
+        torch.testing.assert_close(out, same, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mixer.alone()(q, k, 2 * v, **more), 2 * mixer.alone()(q, k, v, **more))
 
 
 def test_quick_bench_writes_json_markdown_and_svg(tmp_path, compare):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from flatten_ext import reference
 from flatten_ext.analysis import read_matrices, sharpness
 from flatten_ext.tools.bench import mixers
+from flatten_ext.tools.bench.families import FAMILIES, FamilyMixer
 from flatten_ext.tools.micro.images import Images
 from flatten_ext.tools.micro.models import Block, MicroSwin, MicroViT, Size
 from flatten_ext.tools.micro.training import Budget, train
@@ -42,6 +43,7 @@ VARIANTS: dict[str, MixerFactory] = {
     "Linformer": mixers.Linformer,
     "Hydra": mixers.Hydra,
     "efficient attention": mixers.EfficientAttention,
+    **{name: partial(FamilyMixer, family=name) for name in FAMILIES},
 }
 
 MODELS: dict[str, Callable[..., MicroViT | MicroSwin]] = {
@@ -51,7 +53,8 @@ MODELS: dict[str, Callable[..., MicroViT | MicroSwin]] = {
 
 
 class MixerAttention(nn.Module):
-    """Projections and a learned encoding of the keys around a mixer: the same for every variant.
+    """Projections and a learned encoding of the keys around a mixer: the same for every variant, but that
+    some have a gate.
 
     Args:
         dim, num_heads: channels and heads.
@@ -75,21 +78,22 @@ class MixerAttention(nn.Module):
         self.positional_encoding = nn.Parameter(torch.zeros(self.window[0] * self.window[1], dim))
         self.mixer = mixer(dim, num_heads, self.window)
         self.proj = nn.Linear(dim, dim)
+        self.gate = nn.Linear(dim, dim) if self.mixer.has_gate else None
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N, C) -> q, k, v of every window, (B * windows, wh * ww, C) each."""
-        x = self.qkv(x)
+    def project(self, x: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
+        """(B, N, C) -> q, k, v of every window, (B * windows, wh * ww, C) each; what else the mixer takes."""
         if self.window != self.size:
             x = reference.to_windows(x, self.size, self.window, self.shift).flatten(0, 1)
-        q, k, v = x.chunk(3, -1)
-        return q, k + self.positional_encoding, v
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return (q, k + self.positional_encoding, v), {"source": x} if self.mixer.reads_input else {}
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
         """(B, N, C) -> (B, N, C); `size` must be the one of the constructor."""
-        out = self.mixer(*self.project(x))
+        tokens, more = self.project(x)
+        out = self.mixer(*tokens, **more)
         if self.window != self.size:
             out = reference.from_windows(out.unflatten(0, (len(x), -1)), self.size, self.window, self.shift)
-        return self.proj(out)
+        return self.proj(out if self.gate is None else out * self.gate(x))
 
 
 def _rank(matrices: Tensor, tolerance: float = 1e-3) -> float:
@@ -98,12 +102,19 @@ def _rank(matrices: Tensor, tolerance: float = 1e-3) -> float:
     return float((values > tolerance * values[..., :1]).sum(-1).double().mean())
 
 
+def _matrices(mixer: mixers.Mixer, parts: Sequence[tuple[Tensor, Tensor, dict[str, Tensor]]]) -> Tensor:
+    """Every fifth channel's matrix for each of the queries, keys and what else the mixer takes."""
+    channels = slice(0, None, 5)
+    return torch.stack([read_matrices(partial(mixer, **more), q, k, channels) for q, k, more in parts])
+
+
 @torch.no_grad()
 def analyse(model: MicroViT | MicroSwin, images: Tensor) -> list[dict[str, float | None]]:
     """Rank and entropy of each block's trained attention matrices, means over images and channels.
 
     `rank` is of the whole operator, depthwise branch included; `attention_rank` and `entropy` are of the
-    attention alone, None where there is none. It looks at every fifth channel and each image's first window.
+    attention alone, None where there is none. All are before a gate, where there is one. It looks at every
+    fifth channel and each image's first window.
 
     Args:
         model: built with MixerAttention.
@@ -123,22 +134,18 @@ def analyse(model: MicroViT | MicroSwin, images: Tensor) -> list[dict[str, float
     report = []
     for i, layer in enumerate(layers):
         assert isinstance(layer, MixerAttention)
-        q, k, _ = layer.project(inputs[i])
+        (q, k, _), more = layer.project(inputs[i])
         every = q.shape[0] // len(images)
-        mixer, channels = layer.mixer, slice(0, None, 5)
-        pairs = [(q[j : j + 1], k[j : j + 1]) for j in range(0, len(q), every)]
-        whole = torch.stack([read_matrices(mixer, *pair, channels) for pair in pairs])
+        parts = [
+            (q[j : j + 1], k[j : j + 1], {key: x[j : j + 1] for key, x in more.items()})
+            for j in range(0, len(q), every)
+        ]
+        whole, attending = _matrices(layer.mixer, parts), layer.mixer.alone()
         facts: dict[str, float | None] = {"rank": _rank(whole), "attention_rank": None, "entropy": None}
-        if not isinstance(mixer, mixers.ConvolutionOnly):
-            alone = whole
-            if isinstance(mixer, mixers.Focused | mixers.SoftmaxDWC) and mixer.dwc is not None:
-                convolution, mixer.dwc = mixer.dwc, None
-                alone = torch.stack([read_matrices(mixer, *pair, channels) for pair in pairs])
-                mixer.dwc = convolution
-            facts["attention_rank"], facts["entropy"] = (
-                _rank(alone),
-                float(1 - sharpness(alone.double()).mean()),
-            )
+        if attending is not None:
+            alone = whole if attending is layer.mixer else _matrices(attending, parts)
+            facts["attention_rank"] = _rank(alone)
+            facts["entropy"] = float(1 - sharpness(alone.double()).mean())
         report.append(facts)
     return report
 

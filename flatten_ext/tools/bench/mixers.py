@@ -6,6 +6,7 @@ mixer also has `exact`: its formula written out with the N x N matrix, which the
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 
@@ -42,6 +43,8 @@ class Mixer(nn.Module):
     """
 
     label: str
+    has_gate = False  # whether what goes out is multiplied by a projection of what came in
+    reads_input = False  # whether `forward` takes the tokens before the projections too, as `source`
 
     def __init__(self, dim: int, num_heads: int, size: Sequence[int]) -> None:
         super().__init__()
@@ -63,6 +66,14 @@ class Mixer(nn.Module):
     def exact(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The same by its quadratic formula, for any float dtype."""
         raise NotImplementedError
+
+    def alone(self) -> Mixer | None:
+        """The attention without the convolution beside it; None where there is no attention."""
+        if getattr(self, "dwc", None) is None:
+            return self
+        mixer = copy.copy(self)
+        mixer._modules = {**self._modules, "dwc": None}
+        return mixer
 
 
 class Softmax(Mixer):
@@ -306,6 +317,9 @@ class ConvolutionOnly(Mixer):
 
     def exact(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return reference.depthwise_conv(v, self.dwc.weight, self.dwc.bias, self.size)
+
+    def alone(self) -> Mixer | None:
+        return None
 
 
 class Neighborhood(Mixer):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flatten_ext.tools.bench import charts, quality_report, tables
+from flatten_ext.tools.bench import charts, quality_report, restoration_report, tables
 from flatten_ext.tools.bench.alternatives import LABELS as ALTERNATIVES
 from flatten_ext.tools.bench.results import Results
 from flatten_ext.tools.bench.stages import LABELS as STAGES
@@ -94,6 +94,13 @@ REPORTS: dict[str, Report] = {
     "quality": Report(
         lambda record, gpu: quality_report.tables_of(record),
         lambda record: {"quality": lambda path: quality_report.draw(record, path)},
+    ),
+    "restoration": Report(
+        lambda record, gpu: restoration_report.tables_of(record),
+        lambda record: {
+            "restoration-examples": lambda path: restoration_report.draw_examples(record, path),
+            "restoration": lambda path: restoration_report.draw(record, path),
+        },
     ),
 }
 

@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from flatten_ext import info
 from flatten_ext.output import write_json, write_text
-from flatten_ext.tools.bench import alternatives, models, quality, report, stages, timing
+from flatten_ext.tools.bench import alternatives, models, report, stages, timing, trainings
 from flatten_ext.tools.bench.results import Results
 from flatten_ext.tools.bench.shapes import QUICK_STAGES, STAGES, Shape, token_ladder
 
@@ -162,22 +162,62 @@ def _run_end_to_end(options: Options, console: Console) -> None:
     _publish("end-to-end", setup | {"results": found}, options, console)
 
 
+def _train(
+    title: str,
+    run: trainings.Run,
+    todo: list[trainings.Task],
+    budget: Any,
+    options: Options,
+    console: Console,
+    found: Callable[[dict[str, Any]], str],
+) -> list[dict[str, Any]]:
+    """Trains what has no result in the output folder yet; `found` words a result. Returns all results."""
+    folder = options.output / f"{title}-runs"
+    missing = trainings.pending(todo, folder, budget)
+    with Progress(console=console) as bar:
+        task = bar.add_task(title, total=len(todo), completed=len(todo) - len(missing))
+
+        def report_run(result: dict[str, Any]) -> None:
+            name = f"{result['model']}, {result['variant']}, seed {result['seed']}"
+            bar.update(task, advance=1, description=f"{name}: {found(result)}")
+
+        trainings.train_all(run, missing, folder, budget, options.jobs, report_run)
+    return trainings.collect(todo, folder, budget)
+
+
 def _run_quality(options: Options, console: Console) -> None:
+    from flatten_ext.tools.bench import quality  # needs the models
     from flatten_ext.tools.micro.training import Budget
 
     budget = Budget(epochs=1, train_images=64, evaluations=1) if options.quick else quality.BUDGET
-    folder = options.output / "quality-runs"
     todo = quality.tasks(1 if options.quick else options.seeds)
-    missing = quality.pending(todo, folder, budget)
-    with Progress(console=console) as bar:
-        task = bar.add_task("quality", total=len(todo), completed=len(todo) - len(missing))
+    results = _train(
+        "quality",
+        quality.run_task,
+        todo,
+        budget,
+        options,
+        console,
+        lambda result: f"{100 * result['accuracy']:.1f} %",
+    )
+    _publish("quality", quality.summarise(results, budget), options, console)
 
-        def report_run(result: dict) -> None:
-            name = f"{result['model']}, {result['variant']}, seed {result['seed']}"
-            bar.update(task, advance=1, description=f"{name}: {100 * result['accuracy']:.1f} %")
 
-        quality.train_all(missing, folder, budget, options.jobs, report_run)
-    _publish("quality", quality.summarise(quality.collect(todo, folder, budget), budget), options, console)
+def _run_restoration(options: Options, console: Console) -> None:
+    from flatten_ext.tools.bench import restoration  # needs the models
+
+    budget = restoration.QUICK if options.quick else restoration.BUDGET
+    todo = restoration.tasks(1 if options.quick else options.seeds)
+    results = _train(
+        "restoration",
+        restoration.run_task,
+        todo,
+        budget,
+        options,
+        console,
+        lambda result: f"{result['psnr']['trained']:.2f} dB",
+    )
+    _publish("restoration", restoration.summarise(results, budget), options, console)
 
 
 def _publish(suite: str, record: dict[str, Any], options: Options, console: Console) -> None:
@@ -199,16 +239,18 @@ SUITES: dict[str, Callable[[Options, Console], None]] = {
     "models": _run_models,
     "end-to-end": _run_end_to_end,
     "quality": _run_quality,
+    "restoration": _run_restoration,
 }
+TRAININGS = ("quality", "restoration")
 
 
 def run(suite: str, options: Options, console: Console) -> None:
-    """Runs one suite, or all but `quality`.
+    """Runs one suite, or all but the trainings.
 
     Raises:
         CheckFailed: the op, or a contender that must agree with it, is wrong; nothing was written for it.
     """
     timing.use_clock(options.clock)
-    chosen = [name for name in SUITES if name != "quality"] if suite == "all" else [suite]
+    chosen = [name for name in SUITES if name not in TRAININGS] if suite == "all" else [suite]
     for name in chosen:
         SUITES[name](options, console)

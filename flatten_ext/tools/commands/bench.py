@@ -23,6 +23,7 @@ class Suite(str, enum.Enum):
     models = "models"
     end_to_end = "end-to-end"
     quality = "quality"
+    restoration = "restoration"
     all = "all"
 
 
@@ -37,7 +38,8 @@ def register(app: typer.Typer) -> None:
                 help="stages: the op, the eager formula, torch.compile and softmax at the published models' "
                 "shapes; alternatives: other attentions there; tokens: time and memory against tokens; "
                 "roofline; models: images/s and FLOPs of our models and timm's; end-to-end: our models with "
-                "the op and with the eager formula; quality: the ablation (hours); all: all but quality."
+                "the op and with the eager formula; quality: the ablation (hours); restoration: denoising "
+                "and super-resolution (an hour); all: all but quality and restoration."
             ),
         ] = Suite.stages,
         output: Annotated[Path, typer.Option(help="Folder for the JSON, Markdown and SVG.")] = Path(
@@ -60,8 +62,8 @@ def register(app: typer.Typer) -> None:
                 "--cpu-time", help="One thread, by processor time: for a machine busy with other work."
             ),
         ] = False,
-        seeds: Annotated[int, typer.Option(min=1, help="quality: seeds of each variant.")] = 5,
-        jobs: Annotated[int, typer.Option(min=1, help="quality: trainings side by side.")] = 2,
+        seeds: Annotated[int, typer.Option(min=1, help="quality, restoration: seeds of each variant.")] = 5,
+        jobs: Annotated[int, typer.Option(min=1, help="quality, restoration: trainings side by side.")] = 2,
         rounds: Annotated[int, typer.Option(min=2, help="end-to-end: rounds of each model.")] = 9,
     ) -> None:
         """Check, then time: focused linear attention beside its alternatives.
