@@ -1,7 +1,8 @@
 """timm's own tests of its models, taken from its source distribution, on ours.
 
 Their functions are called with our names: the smallest model of each family, and all of them for what is done
-on the meta device. Left out are
+on the meta device. Most are slow tests, for before a release, of the families other than FLatten's. Left out
+are
 
 - TorchScript (`*_torchscript`, `*_script_*`): torch has deprecated it, and our modules are not written in its
   subset of Python;
@@ -36,6 +37,13 @@ DEIT, SWIN, PVT, PVT2, CSWIN = SMALLEST = (
     "flatten_cswin_tiny",
 )
 PYRAMIDS = SMALLEST[1:]
+FAMILIES = ("flatten", "mila", "ravlt", "mavit", "inline", "pola")
+# The other families on FLatten's hosts and on their own.
+OTHERS = (
+    *("mila_tiny", "ravlt_tiny", "mavit_tiny"),
+    *("inline_swin_tiny", "inline_pvt_tiny", "inline_deit_tiny", "inline_cswin_tiny"),
+    *("pola_swin_tiny", "pola_pvt_tiny"),
+)
 
 
 @pytest.fixture(scope="session")
@@ -95,6 +103,13 @@ ON_SMALLEST: dict[str, tuple[Any, ...]] = {
     "test_headless_checkpoint_reload": ({},),
     "test_model_init_weights_after_to_empty": ({},),
 }
+# Of the other families too, at every run.
+BRISK = (
+    "test_model_backward",
+    "test_model_forward_intermediates",
+    "test_headless_checkpoint_reload",
+    "test_model_init_weights_after_to_empty",
+)
 ON_PYRAMIDS: dict[str, tuple[Any, ...]] = {"test_model_forward_features": (1,)}
 ON_ALL = ("test_model_default_cfgs", "test_model_default_cfgs_non_std")
 OF_SWIN: dict[str, list[tuple[Any, ...]]] = {
@@ -111,27 +126,45 @@ OF_SWIN: dict[str, list[tuple[Any, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", SMALLEST)
-@pytest.mark.parametrize("function", ON_SMALLEST)
+def brisk(name: str, function: str = "") -> Any:
+    """A name; what takes longer of the other families is for before a release."""
+    slow = not name.startswith("flatten") and function not in BRISK
+    return pytest.param(function, name, marks=pytest.mark.slow if slow else ())
+
+
+@pytest.mark.parametrize(
+    ("function", "name"), [brisk(name, function) for name in SMALLEST + OTHERS for function in ON_SMALLEST]
+)
 def test_on_the_smallest(theirs: ModuleType, function: str, name: str) -> None:
     getattr(theirs, function)(name, *ON_SMALLEST[function])
 
 
-@pytest.mark.parametrize("name", PYRAMIDS)
-@pytest.mark.parametrize("function", ON_PYRAMIDS)
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [brisk(name, function) for name in PYRAMIDS + OTHERS if "deit" not in name for function in ON_PYRAMIDS],
+)
 def test_on_pyramids(theirs: ModuleType, function: str, name: str) -> None:
     getattr(theirs, function)(name, *ON_PYRAMIDS[function])
 
 
-@pytest.mark.parametrize("name", timm.list_models("flatten_*", include_tags=True))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name.startswith("flatten") or "tiny" in name else pytest.mark.slow)
+        for name in timm.list_models([f"{family}_*" for family in FAMILIES], include_tags=True)
+    ],
+)
 def test_on_all(theirs: ModuleType, name: str) -> None:
     """On the meta device; vision transformers, whose features are tokens, are not standard to timm."""
-    getattr(theirs, ON_ALL[name.startswith("flatten_deit")])(name, 1, "meta")
+    getattr(theirs, ON_ALL["_deit_" in name])(name, 1, "meta")
 
 
+@pytest.mark.parametrize(
+    "name", [SWIN, *(pytest.param(f"{family}_swin_tiny", marks=pytest.mark.slow) for family in FAMILIES[-2:])]
+)
 @pytest.mark.parametrize(
     ("function", "arguments"),
     [(function, arguments) for function, several in OF_SWIN.items() for arguments in several],
 )
-def test_of_swin(theirs: ModuleType, function: str, arguments: tuple[Any, ...]) -> None:
-    getattr(theirs, function)(SWIN, *arguments)
+def test_of_swin(theirs: ModuleType, function: str, arguments: tuple[Any, ...], name: str) -> None:
+    getattr(theirs, function)(name, *arguments)
