@@ -239,12 +239,14 @@ def _sum_of_kernels(first: Tensor, second: Tensor) -> Tensor:
     return padded(first) + padded(second)
 
 
-def resize_positional_encoding(encoding: Tensor, old: Size, new: Size, num_prefix_tokens: int = 0) -> Tensor:
-    """(1, P + h*w, C) of an (h, w) map -> (1, P + H*W, C) of an (H, W) map, bicubic; the prefix rows stay."""
+def resize_positional_encoding(
+    encoding: Tensor, old: Size, new: Size, num_prefix_tokens: int = 0, mode: str = "bicubic"
+) -> Tensor:
+    """(1, P + h*w, C) of an (h, w) map -> (1, P + H*W, C) of an (H, W) map; the prefix rows stay."""
     # An exported graph serves every size: it must not depend on whether the example's was the learned one.
     if not torch.compiler.is_exporting() and tuple(old) == tuple(new):
         return encoding
     prefix, grid = encoding[:, :num_prefix_tokens], encoding[:, num_prefix_tokens:]
     image = grid.transpose(1, 2).unflatten(2, (old[0], old[1]))
-    image = F.interpolate(image.float(), size=(new[0], new[1]), mode="bicubic", antialias=False)
+    image = F.interpolate(image.float(), size=(new[0], new[1]), mode=mode, antialias=False)
     return torch.cat((prefix, image.to(encoding.dtype).flatten(2).transpose(1, 2)), 1)

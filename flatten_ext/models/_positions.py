@@ -58,7 +58,8 @@ class Positions:
             return resize_table(value, grid, new)
         if self.key == "pos_embed":  # of a vision transformer: as timm does it
             return resample_abs_pos_embed(value, new, grid, self._prefix)
-        return resize_positional_encoding(value, grid, new, self._prefix)
+        mode = getattr(self.owner, "resampling", "bicubic")
+        return resize_positional_encoding(value, grid, new, self._prefix, mode)
 
     @property
     def _prefix(self) -> int:

@@ -75,7 +75,7 @@ def inline_swin_base_384(pretrained: bool = False, **kwargs: Any) -> FlattenSwin
 
 
 def _pvt(variant: str, pretrained: bool, kwargs: dict[str, Any], **args: Any) -> FlattenPyramidTransformer:
-    args = {**args, "num_heads": (2, 4, 10, 16), "attention": "inline", **kwargs}
+    args = {**args, "num_heads": (2, 4, 10, 16), "attention": "inline", "resampling": "bilinear", **kwargs}
     return build(FlattenPyramidTransformer, variant, pretrained, pvt.checkpoint_filter_fn, args)
 
 

@@ -62,7 +62,7 @@ def pola_swin_base_384(pretrained: bool = False, **kwargs: Any) -> FlattenSwinTr
 
 
 def _pvt(variant: str, pretrained: bool, kwargs: dict[str, Any], **args: Any) -> FlattenPyramidTransformer:
-    args = {**args, "attention": "pola", "unused_norm": True, **kwargs}
+    args = {**args, "attention": "pola", "resampling": "bilinear", "unused_norm": True, **kwargs}
     return build(FlattenPyramidTransformer, variant, pretrained, pvt.checkpoint_filter_fn, args)
 
 

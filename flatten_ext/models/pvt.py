@@ -71,15 +71,25 @@ class Block(nn.Module):
 
 
 class Stage(KeepsGrid, PyramidStage):
-    """A stage of PVT, with an absolute position embedding (1, H * W, C) learned on the map `grid`."""
+    """A stage of PVT, with an absolute position embedding (1, H * W, C) learned on the map `grid`.
+
+    `resampling` is how other maps get it.
+    """
 
     positions_name = "pos_embed"
 
     def __init__(
-        self, embed: nn.Module | None, blocks: list[nn.Module], grid: Size, dim: int, drop: float, **dd: Any
+        self,
+        embed: nn.Module | None,
+        blocks: list[nn.Module],
+        grid: Size,
+        dim: int,
+        drop: float,
+        resampling: str = "bicubic",
+        **dd: Any,
     ):
         super().__init__(embed, blocks)
-        self.grid = tuple(grid)
+        self.grid, self.resampling = tuple(grid), resampling
         self.pos_embed = nn.Parameter(torch.empty(1, grid[0] * grid[1], dim, **dd))
         self.pos_drop = nn.Dropout(drop)
         self.reset_parameters()
@@ -96,7 +106,7 @@ class Stage(KeepsGrid, PyramidStage):
         return {self.positions_name: [size]}
 
     def _positions(self, size: Size) -> Tensor:
-        return resize_positional_encoding(self.pos_embed, self.grid, size)
+        return resize_positional_encoding(self.pos_embed, self.grid, size, mode=self.resampling)
 
     def set_feat_size(self, feat_size: Size) -> None:
         """Resamples the embedding for another map."""
@@ -118,6 +128,7 @@ class FlattenPyramidTransformer(Pyramid):
         img_size: the input for which position embeddings are learned; any other resamples them.
         attn_type: "L" (linear) or "S" (softmax) for each stage.
         attention: the linear attention: "flatten", "inline", "pola", "mila", "rala" or "mala".
+        resampling: how other sizes get the position embeddings, "bicubic" or "bilinear".
         unused_norm: own the LayerNorm of public models that no forward applies, so that every entry of their
             checkpoints has its place. It is not trained.
         sr_ratios: spatial reduction of keys and values in stages of type "S".
@@ -139,6 +150,7 @@ class FlattenPyramidTransformer(Pyramid):
         qkv_bias: bool = True,
         attn_type: str = "LLLL",
         attention: str = "flatten",
+        resampling: str = "bicubic",
         unused_norm: bool = False,
         sr_ratios: Sequence[int] = (8, 4, 2, 1),
         la_sr_ratios: Sequence[int] = (1, 1, 1, 1),
@@ -178,7 +190,7 @@ class FlattenPyramidTransformer(Pyramid):
             blocks: list[nn.Module] = [
                 Block(attend(i), dim, mlp_ratios[i], proj_drop_rate, rate, norm_layer, **dd) for rate in rates
             ]
-            return Stage(embed, blocks, sizes[i], dim, drop_rate, **dd)
+            return Stage(embed, blocks, sizes[i], dim, drop_rate, resampling, **dd)
 
         self.build(
             PatchEmbed(in_chans, embed_dims[0], 4, **dd),

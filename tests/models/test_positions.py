@@ -321,3 +321,26 @@ def test_folders_of_timm(family: str, tmp_path: Path) -> None:
     check_equal(loaded, source)
     larger = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=(112, 448))
     check_resampled(larger, source)
+
+
+@pytest.mark.parametrize("name", ["inline_pvt_tiny", "pola_pvt_tiny"])
+def test_pvt_of_other_families_resamples_as_its_public_code(name: str) -> None:
+    """Position embeddings bilinearly: at another input, another size, and from a checkpoint."""
+    config = {"embed_dims": (16, 32, 40, 64), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 5, 8)}
+    torch.manual_seed(0)
+    source = timm.create_model(name, img_size=64, **config).eval()
+    image = torch.rand(1, 3, 96, 160)
+
+    def expected(stage: int) -> torch.Tensor:
+        embedding = source.stages[stage].pos_embed.transpose(1, 2).unflatten(2, (16 >> stage,) * 2)
+        size = (24 >> stage, 40 >> stage)
+        return F.interpolate(embedding, size, mode="bilinear").flatten(2).transpose(1, 2)
+
+    resized = copy.deepcopy(source)
+    resized.set_input_size((96, 160))
+    loaded = timm.create_model(name, img_size=(96, 160), **config).eval()
+    loaded.load_state_dict(checkpoint_filter(loaded)(source.state_dict(), loaded))
+    for model in (resized, loaded):
+        for stage in range(4):
+            torch.testing.assert_close(model.stages[stage].pos_embed, expected(stage))
+    torch.testing.assert_close(resized(image), source(image))
