@@ -109,11 +109,11 @@ ATTENTIONS = {
     "mila": _Places(PackedMila, PyramidMila, None, ()),
     "rala": _Places(PackedRala, PyramidRala, None, ()),
     "mala": _Places(PackedMala, PyramidMala, None, ()),
-    "inline": _Places(PackedInline, PyramidInline, InlineStripeAttention, ()),
+    "inline": _Places(PackedInline, PyramidInline, InlineStripeAttention, ("kernel_func",)),
     "pola": _Places(PackedPolar, PyramidPolar, None, ("kernel_size",)),
 }
 ROTATED = ("mila", "rala", "mala")  # they need the keys on the queries' map
-_DEFAULTS = {"focusing_factor": 3.0, "kernel_size": 5}
+_DEFAULTS = {"focusing_factor": 3.0, "kernel_size": 5, "kernel_func": "identity"}
 
 
 def choose(attention: str, place: str, **options: Any) -> Callable[..., nn.Module]:

@@ -204,9 +204,22 @@ class RotarySoftmaxAttention(_RotaryAttention):
         return (out + local_term(self.lepe, self.dim, v, size)) * gate
 
 
+_KERNELS: dict[str, Any] = {
+    "identity": lambda x: x,
+    "relu": F.relu,
+    "leakyrelu": F.leaky_relu,
+    "exp": lambda x: (0.2 * x).exp(),
+}
+
+
 class InlineAttention(_Placeless):
     """InLine's: signed features, weights that sum to 1 by a subtraction, and a local term whose 3x3 taps each
-    image makes from the mean of its tokens."""
+    image makes from the mean of its tokens.
+
+    Args:
+        kernel_func: what queries and keys go through: "identity", as in every published model, "relu",
+            "leakyrelu" (0.01) or "exp", exp(x / 5).
+    """
 
     reads_input = True
 
@@ -217,9 +230,14 @@ class InlineAttention(_Placeless):
         grid: Size | None = None,
         num_prefix_tokens: int = 0,
         lepe: bool = False,
+        kernel_func: str = "identity",
         **dd: Any,
     ):
         super().__init__(dim, num_heads, num_prefix_tokens)
+        if kernel_func not in _KERNELS:
+            expected = ", ".join(map(repr, _KERNELS))
+            raise ValueError(f"kernel_func is {kernel_func!r}, expected one of {expected}")
+        self.kernel_func = kernel_func
         self.get_v: Any = local_layer(dim, (3, 3), **dd) if lepe else None
         self.residual = nn.Sequential(
             nn.Conv1d(dim, dim, 1, groups=num_heads, **dd),
@@ -245,6 +263,7 @@ class InlineAttention(_Placeless):
         """
         taps = self.residual(source.mean(1).unsqueeze(-1)).unflatten(1, (self.dim, 1, 3, 3)).squeeze(-1)
         taps = taps.to(v.dtype)
+        q, k = (_KERNELS[self.kernel_func](x) for x in (q, k))
         common: dict[str, Any] = {
             "feature_map": "none",
             "normalizer": "subtract",

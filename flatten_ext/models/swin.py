@@ -164,6 +164,7 @@ class FlattenSwinTransformer(SwinTransformer):
         attention: the linear attention: "flatten", "inline", "pola", "mila", "rala" or "mala".
         focusing_factor: p of phi_p.
         kernel_size: odd size of the depthwise kernel.
+        kernel_func: of the attention "inline": "identity", "relu", "leakyrelu" or "exp".
         dynamic_img_size: accept any input size, padded to whole patches; on by default.
         kwargs: timm's SwinTransformer arguments.
 
@@ -181,11 +182,13 @@ class FlattenSwinTransformer(SwinTransformer):
         attention: str = "flatten",
         focusing_factor: float = 3.0,
         kernel_size: int = 5,
+        kernel_func: str = "identity",
         dynamic_img_size: bool = True,
         **kwargs: Any,
     ):
         types = attention_types(attn_type, len(depths), "LSM")
-        make = choose(attention, "packed", focusing_factor=focusing_factor, kernel_size=kernel_size)
+        options = {"focusing_factor": focusing_factor, "kernel_size": kernel_size, "kernel_func": kernel_func}
+        make = choose(attention, "packed", **options)
         check_attention_dropout(types, kwargs.get("attn_drop_rate", 0.0))
         if window_size is None:
             window_size = default_windows(types, softmax=7)

@@ -8,6 +8,7 @@ from typing import Any
 
 import golden_data
 import pytest
+import timm
 import timm.models.pvt_v2
 import timm.models.vision_transformer
 import torch
@@ -17,13 +18,7 @@ from torch import Tensor, nn
 from flatten_ext.models import _choice, _cores, cswin, mila, ravlt
 
 FAMILIES = ("mlla", "rala", "mala", "inline", "pola")
-# A feature map that no published configuration asks for.
-CASES = [
-    name
-    for family in FAMILIES
-    for name in golden_data.names(f"{family}_")
-    if name not in ("inline_m02_swin_relu", "inline_m03_swin_exp")
-]
+CASES = [name for family in FAMILIES for name in golden_data.names(f"{family}_")]
 
 
 def softmax(meta: dict[str, Any]) -> nn.Module:
@@ -51,7 +46,8 @@ def build(golden: Golden) -> nn.Module:
         return cswin.CSWinBlock("L", dim, heads, size, None, attention=stripe)
     if method == "InLine":
         place = _choice.PyramidInline if family == "pvt" else _choice.PackedInline
-        return place(softmax(meta), size, num_prefix_tokens=int(family == "deit"))
+        kernel = {"kernel_func": meta["kernel_func"]} if "kernel_func" in meta else {}
+        return place(softmax(meta), size, num_prefix_tokens=int(family == "deit"), **kernel)
     place = _choice.PyramidPolar if family == "pvt" else _choice.PackedPolar
     return place(softmax(meta), size, kernel_size=meta["kernel"], alpha=meta["alpha"])
 
@@ -130,3 +126,22 @@ def test_gradients(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
         grad = x.grad if key == "x" else parameters[names[key]].grad
         bound = 1e-9 * float(expected.abs().max()) + 1e-13 * largest
         assert (grad.reshape(expected.shape) - expected).abs().max() < bound, key
+
+
+def test_a_kernel_function_is_chosen_by_name() -> None:
+    config = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8), "img_size": 64}
+    torch.manual_seed(0)
+    plain = timm.create_model("inline_swin_tiny", **config).eval()
+    image = torch.randn(1, 3, 64, 64)
+    logits = []
+    for name in ("identity", "relu", "leakyrelu", "exp"):
+        model = timm.create_model("inline_swin_tiny", kernel_func=name, **config).eval()
+        model.load_state_dict(plain.state_dict())
+        assert model.layers[0].blocks[0].attn.kernel_func == name
+        logits.append(model(image))
+    torch.testing.assert_close(logits[0], plain(image))
+    assert all(not torch.allclose(a, b) for i, a in enumerate(logits) for b in logits[:i])
+    with pytest.raises(ValueError, match="kernel_func is 'elu', expected one of 'identity', 'relu'"):
+        timm.create_model("inline_swin_tiny", kernel_func="elu", **config)
+    with pytest.raises(ValueError, match="kernel_func is 'relu', but the attention 'pola' reads no"):
+        timm.create_model("pola_swin_tiny", kernel_func="relu", **config)
