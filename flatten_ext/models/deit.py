@@ -10,16 +10,16 @@ from timm.layers import trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import checkpoint_filter_fn as _timm_filter
 from torch import Tensor, nn
 
 from .._grids import KeepsGrid
-from . import _fx as _fx
 from ._attention import PackedAttention, Size, to_map
 from ._build import build
 from ._checkpoint import unwrap
 from ._choice import choose
+from ._fx import TraceablePositions
 from ._mlp import tile_mlps
 from ._positions import Positions, metadata_of, module_positions, resample_positions
 from ._timm import (
@@ -61,7 +61,7 @@ class FlattenBlock(nn.Module):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
-class FocusedTokens(KeepsGrid, VisionTransformer):
+class FocusedTokens(KeepsGrid, TraceablePositions):
     """Passes the map that the patches tile to the blocks of a vision transformer."""
 
     blocks: nn.Sequential

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from families import ALL, small
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from flatten_ext import FocusedLinearAttention
+from flatten_ext import FocusedLinearAttention, convert
 
 SIZES = [(64, 64), (96, 64)]
 
@@ -53,6 +54,22 @@ def test_timms_feature_graph(family: str) -> None:
         assert len(found) == len(seen) == 2
         for ours, expected in zip(found, seen, strict=True):
             torch.testing.assert_close(ours.flatten().sort()[0], expected.flatten().sort()[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "token"),
+    [("deit_tiny_distilled_patch16_224", "dist_token"), ("vit_medium_patch16_reg4_gap_256", "reg_token")],
+)
+def test_leading_tokens_of_timms_transformers(name: str, token: str) -> None:
+    """Their positions are resampled whole, with the tokens before the map."""
+    arguments = {"img_size": 64, "dynamic_img_size": True, "embed_dim": 24, "num_heads": 3, "depth": 1}
+    model = convert(timm.create_model(name, **arguments), "L", img_size=64).eval()
+    extractor = create_feature_extractor(model, ["norm"])
+    for size in SIZES:
+        x = torch.randn(2, 3, *size)
+        torch.testing.assert_close(extractor(x)["norm"], model.forward_features(x), rtol=0, atol=0)
+    extractor(x)["norm"].square().sum().backward()
+    assert model.get_parameter(token).grad.abs().max() > 0
 
 
 def test_stripes_are_padded_for_every_map() -> None:
