@@ -29,11 +29,13 @@ def matrix(x: float, y: float, rows: int, columns: int, color: str, cell: int = 
     return "".join(cells)
 
 
-def box(x: float, y: float, width: float, height: float, words: str, below: str = "") -> str:
+def box(x: float, y: float, width: float, height: float, words: str, *below: str) -> str:
     out = f"<rect x='{x}' y='{y}' width='{width}' height='{height}' rx='8' fill='{GREY}' stroke='{QUIET}'/>"
-    middle = y + height / 2 + 5 - (8 if below else 0)
+    middle = y + height / 2 + 5 - 8 * len(below)
     out += text(x + width / 2, middle, words, 15)
-    return out + (text(x + width / 2, middle + 17, below, 11, QUIET) if below else "")
+    return out + "".join(
+        text(x + width / 2, middle + 3 + 14 * i, line, 11, QUIET) for i, line in enumerate(below, 1)
+    )
 
 
 def arrow(*points: tuple[float, float]) -> str:
@@ -72,16 +74,15 @@ def picture() -> str:
     for y, color, name in ((36, BLUE, "Q"), (166, ORANGE, "K")):
         parts += [
             arrow((108, y + 48), (146, y + 48)),
-            box(150, y + 22, 120, 52, "&#966;", "sharpens a token,"),
+            box(150, y + 14, 120, 68, "&#966;", "sharpens a token,", "keeps its norm"),
         ]
-        parts.append(text(210, y + 88, "keeps its norm", 11, QUIET))
         parts += [arrow((274, y + 48), (310, y + 48)), matrix(316, y, rows, 5, color, levels=sharp)]
         parts.append(text(346, y - 8, name, 16))
 
     # S and m from K and V
     parts += [arrow((384, 214), (456, 252)), arrow((108, 344), (456, 276))]
     parts += [box(460, 236, 128, 56, "S = K&#7488;V / M", "D x D, whatever N is")]
-    parts += [arrow((384, 206), (456, 190)), box(460, 166, 128, 48, "m = mean of K", "")]
+    parts += [arrow((384, 206), (456, 190)), box(460, 166, 128, 48, "m = mean of K")]
 
     # the result
     parts += [arrow((384, 84), (640, 84)), box(644, 58, 150, 52, "Q S / (Q m + &#949;)", "linear in N and M")]

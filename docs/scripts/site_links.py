@@ -15,9 +15,17 @@ OUTSIDE = re.compile(r"\[([^\]]*)\]\(\.\./([^)\s]+)\)")
 def on_page_markdown(markdown: str, **_: object) -> str:
     repository = os.environ.get("GITHUB_REPOSITORY")
     if not repository:
-        return OUTSIDE.sub(lambda m: m[1] if m[1].startswith("`") else f"{m[1]} (`{m[2]}`)", markdown)
+        return OUTSIDE.sub(_named, markdown)
     base = f"{os.environ.get('GITHUB_SERVER_URL', 'https://github.com')}/{repository}/blob/main"
     return OUTSIDE.sub(rf"[\1]({base}/\2)", markdown)
+
+
+def _named(link: re.Match[str]) -> str:
+    """The link's words with the file's name, where they are not the name already."""
+    words, file = link[1], link[2].partition("#")[0]
+    if words.startswith("`"):
+        return words
+    return f"`{file}`" if words == file else f"{words} (`{file}`)"
 
 
 def on_page_content(html: str, **_: object) -> str:
