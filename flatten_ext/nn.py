@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ._focused import FocusedAttention, Size, resize_positional_encoding
+from ._layers import is_plain
 from .ops import attention
 from .reference import ACTIVATIONS, choose
 from .rotary import kept_table
@@ -161,7 +162,8 @@ class FocusedLinearAttention(FocusedAttention):
 
         Raises:
             ValueError: `x` is not (B, N, dim), or its tokens tile no square map and `size` was left out;
-                `key_padding_mask` or `context` are not as above.
+                `key_padding_mask` or `context` are not as above; a plan of tensor parallelism shares out
+                what `qkv` gives.
             RuntimeError: of the operator: `size` does not fit the tokens, or `window` the size.
         """
         if not isinstance(x, Proxy) and (x.ndim != 3 or x.shape[2] != self.dim):
@@ -178,7 +180,7 @@ class FocusedLinearAttention(FocusedAttention):
             general = {"gate": self.gate(x), "gate_activation": self.gate_activation}
         if context is None:
             size = _map(x.shape[1], size, self.num_prefix_tokens)
-            q, k, v = self.qkv(x).unflatten(-1, (3, self.dim)).unbind(-2)
+            q, k, v = _three(self.qkv(x), self.dim)
             if self.rotary is not None and self.process_group is None:
                 general["rotary"] = self.rotary_table(size, x)
         else:
@@ -246,9 +248,9 @@ class FocusedLinearAttention(FocusedAttention):
             raise ValueError(
                 f"context is {tuple(context.shape)}, expected ({x.shape[0]}, tokens, {self.dim})"
             )
-        if type(self.qkv) is not nn.Linear:
-            both = self.qkv(torch.cat((x, context), 1)).unflatten(-1, (3, self.dim))
-            return both[:, : x.shape[1], 0], both[:, x.shape[1] :, 1], both[:, x.shape[1] :, 2]
+        if type(self.qkv) is not nn.Linear or not is_plain(self.qkv, x.device):
+            q, k, v = _three(self.qkv(torch.cat((x, context), 1)), self.dim)
+            return q[:, : x.shape[1]], k[:, x.shape[1] :], v[:, x.shape[1] :]
         weight, bias = self.qkv.weight, self.qkv.bias
         q = F.linear(x, weight[: self.dim], None if bias is None else bias[: self.dim])
         both = F.linear(context, weight[self.dim :], None if bias is None else bias[self.dim :])
@@ -271,6 +273,18 @@ class FocusedLinearAttention(FocusedAttention):
         if self.gate_activation is not None:
             text += f", gate={self.gate_activation}"
         return text
+
+
+def _three(packed: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of what the layer `qkv` gave."""
+    if not isinstance(packed, Proxy) and packed.shape[-1] != 3 * dim:
+        raise ValueError(
+            f"qkv gives {packed.shape[-1]} channels, expected {3 * dim}, those of q, k and v whole: in a "
+            "plan of torch.distributed.tensor.parallel give qkv ColwiseParallel(output_layouts=Replicate()), "
+            "and proj RowwiseParallel(input_layouts=Replicate())"
+        )
+    q, k, v = packed.unflatten(-1, (3, dim)).unbind(-2)
+    return q, k, v
 
 
 def _rotary(rotary: Any, dim: int, num_heads: int) -> str | None:

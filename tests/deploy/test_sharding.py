@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import subprocess
@@ -192,6 +193,44 @@ def module_by_images(mesh) -> None:
         torch.testing.assert_close(parameter.grad.full_tensor(), gradient, rtol=1e-10, atol=1e-10)
 
 
+def tensor_parallel(mesh) -> None:
+    """Plans that share the projections' weights out: one process's numbers, or refused in words."""
+    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    torch.manual_seed(0)
+    for options, others in (({"positional_encoding": (8, 6)}, {"size": (8, 6)}), ({"kernel_size": None}, {})):
+        alone = FocusedLinearAttention(32, 4, dtype=torch.float64, **options)
+        module, refused = copy.deepcopy(alone), copy.deepcopy(alone)
+        inputs = [torch.randn(4, 48, 32, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+
+        def call(module, inputs=inputs, others=others):
+            x, other = inputs
+            return module(x, **others) if others else module(x, context=other)
+
+        results = []
+        for one in (alone, module):
+            if one is module:
+                columns = ColwiseParallel(output_layouts=Replicate())
+                rows = RowwiseParallel(input_layouts=Replicate())
+                parallelize_module(module, mesh, {"qkv": columns, "proj": rows})
+                assert isinstance(module.qkv.weight, DTensor)
+                assert module.qkv.weight.to_local().shape == (48, 32)
+                assert module.proj.weight.to_local().shape == (32, 16)
+            out = call(one)
+            out.square().sum().backward()
+            gradients = [x.grad for x in (*inputs[: 1 if others else 2], *one.parameters())]
+            results.append([out, *(g.full_tensor() if isinstance(g, DTensor) else g for g in gradients)])
+            for x in inputs:
+                x.grad = None
+        for expected, found in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+        parallelize_module(refused, mesh, {"qkv": ColwiseParallel(), "proj": RowwiseParallel()})
+        with pytest.raises(ValueError, match=r"qkv gives 48 channels, expected 96, .* give qkv Colwise"):
+            call(refused)
+
+
 def main(rank: int, meeting: str) -> None:
     # DTensor is imported after flatten_ext here, and the rules are there all the same.
     assert "torch.distributed.tensor" not in sys.modules
@@ -207,6 +246,7 @@ def main(rank: int, meeting: str) -> None:
     refusals(mesh)
     mesh_of_two_dimensions()
     module_by_images(mesh)
+    tensor_parallel(mesh)
     dist.destroy_process_group()
 
 
