@@ -119,8 +119,9 @@ def cuda_home_candidates():
 def find_cuda() -> CudaToolkit:
     import torch
 
-    if torch.version.cuda is None:
-        raise NoCuda("the torch to build against is a CPU build")
+    if torch.version.cuda is None:  # ROCm's tensors, which call themselves cuda, take the plain formula
+        build = f"a build for ROCm {torch.version.hip}" if torch.version.hip else "a CPU build"
+        raise NoCuda(f"the torch to build against is {build}")
     homes = [home for home in cuda_home_candidates() if (home / "bin" / "nvcc").exists()]
     if not homes:
         raise NoCuda("no nvcc in CUDA_HOME, on PATH, in /usr/local/cuda or among pip's packages")

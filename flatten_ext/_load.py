@@ -51,7 +51,8 @@ def _load_cuda() -> str | None:
     if not library.exists():
         return "this build has no CUDA kernels (no CUDA compiler was found, or FLATTEN_WITH_CUDA=0)"
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} is a build without CUDA"
+        kind = f"for ROCm {torch.version.hip}" if torch.version.hip else "without CUDA"
+        return f"torch {torch.__version__} is a build {kind}"
     built, running = build_info()["cuda_version"], torch.version.cuda
     if built.split(".")[0] != running.split(".")[0]:
         return f"built with CUDA {built}, but torch {torch.__version__} runs on CUDA {running}"
