@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import timm
 import torch
 from families import SMALL, small
+from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn
 
 import flatten_ext
+from flatten_ext.models._fx import TraceableSwinBlock
 
 SIZES = [224, 256, 384, 512, (640, 480), (200, 72), 100]
 
@@ -138,3 +141,21 @@ def test_bad_windows_change_nothing(window_size: Any) -> None:
         model.set_input_size((256, 256), window_size=window_size)
     assert model.patch_embed.img_size == (224, 224)
     assert linear_blocks(model)[0].window_size == (56, 56)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("size", "window", "shift"),
+    [((14, 14), (7, 7), 3), ((14, 21), (7, 7), (3, 0)), ((7, 21), (7, 7), (0, 3)), ((13, 9), (4, 3), (2, 1))],
+)
+def test_masks_of_shifted_windows_are_timms(size, window, shift, dynamic: bool, dtype: torch.dtype) -> None:
+    theirs = SwinTransformerBlock(8, size, 2, window_size=window, shift_size=shift, dynamic_mask=dynamic)
+    ours = copy.deepcopy(theirs)
+    ours.__class__ = TraceableSwinBlock
+    padded = [-(-side // w) * w for side, w in zip(size, window, strict=True)]
+    x = torch.zeros(2, *padded, 8, dtype=dtype)
+    mask = ours.get_attn_mask(x)
+    assert mask.dtype == dtype
+    assert torch.equal(mask, theirs.get_attn_mask(x))
+    assert torch.equal(ours.get_attn_mask(), theirs.get_attn_mask())
