@@ -10,6 +10,7 @@
 #pragma once
 
 #include "features.cuh"
+#include "range.cuh"
 #include "row_loader.cuh"
 #include "tap_product.cuh"
 #include "windows.cuh"
@@ -62,16 +63,14 @@ struct OutputTraits {
   }
 };
 
-/// fp16 only: the power of two that brings the largest number of a warp's S and m near the top of the range,
-/// so that none overflows and as few as possible vanish. bf16 has the range of fp32.
+/// The factor of a warp's S and m before they are rounded.
 template <typename T, int kChannels, int kHeadDim>
 __device__ __forceinline__ float scale_of_state(const float* s, const float* m, int lane) {
-  if constexpr (!std::is_same_v<T, __half>) return 1.0f;
+  if constexpr (!kNarrow<T>) return 1.0f;
   float largest = 0.0f;
   for (int i = lane; i < kChannels * kHeadDim; i += 32) largest = fmaxf(largest, fabsf(s[i]));
   for (int i = lane; i < kChannels; i += 32) largest = fmaxf(largest, fabsf(m[i]));
-  const unsigned exponent = __reduce_max_sync(kAllLanes, __float_as_uint(largest)) >> 23;
-  return __uint_as_float(min(127 + 12 + 127 - exponent, 254u) << 23);  // 2^(12 - exponent)
+  return scale_for_rounding<T>(largest);
 }
 
 /// Packs a warp's S and m, times `scale`, into B fragments; a lane's own vectors lie 32 vectors apart. Word w

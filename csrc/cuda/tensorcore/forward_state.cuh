@@ -8,6 +8,7 @@
 #pragma once
 
 #include "features.cuh"
+#include "range.cuh"
 #include "windows.cuh"
 
 namespace flatten::cuda::tensorcore {
@@ -195,7 +196,7 @@ __global__ void __launch_bounds__(max_threads(kHeadDim))
     const LaneBias bias{params.focus.key_bias, params.channels, slice * kSliceChannels + 8 * lane.t,
                         first + lane.g, end - 1};
     const float change = features.keys(k, bias, first + lane.g + 8 * lane.t < end, scale, own_keys);
-    if (std::is_same_v<T, __half> && change != 1.0f) sum.scale(change);
+    if (kNarrow<T> && change != 1.0f) sum.scale(change);
     unrolled<4>([&](auto r) { store_shared<r * 512>(own_keys, k[0][r]); });
     __syncwarp();
     // The group's warps have met: V of this step is visible, and nobody reads the other stage any more.
@@ -206,7 +207,7 @@ __global__ void __launch_bounds__(max_threads(kHeadDim))
     other_stage = -other_stage;
   }
 
-  if constexpr (std::is_same_v<T, __half>) sum.scale(1.0f / scale.value);
+  if constexpr (kNarrow<T>) sum.scale(1.0f / scale.value);
   copy_async_wait<0>();
   for (int other = 1; other < params.groups; ++other) {
     float* staging = reinterpret_cast<float*>(tiles + slice * Traits::accumulator_bytes());

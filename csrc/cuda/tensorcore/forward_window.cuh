@@ -11,6 +11,7 @@
 #include "forward_output.cuh"
 #include "forward_state.cuh"
 #include "params.h"
+#include "range.cuh"
 #include "tap_product.cuh"
 
 namespace flatten::cuda::tensorcore {
@@ -137,15 +138,6 @@ struct WindowState {
     }
   }
 };
-
-/// fp16: a power of two that brings the warp's largest number near the top of the range. bf16 has fp32's
-/// range.
-template <typename T>
-__device__ __forceinline__ float scale_for_rounding(float largest) {
-  if constexpr (!std::is_same_v<T, __half>) return 1.0f;
-  const unsigned exponent = __reduce_max_sync(kAllLanes, __float_as_uint(largest)) >> 23;
-  return __uint_as_float(min(127 + 12 + 127 - exponent, 254u) << 23);
-}
 
 /// S and m as B fragments in shared memory, every lane's own: word c of lane (g, t) pairs rows (K channels)
 /// 8c + 2t and 8c + 2t + 1. Vector b * kPartners + p: of n-block b = 2i + h the V channels 16i + 8h + g as
@@ -291,7 +283,7 @@ __global__ void __launch_bounds__(max_threads(kHeadDim, kTaps))
                         y * grid.window_w + x + lane.g, keys - 1, grid.window_w};
     const bool present = x + lane.g < grid.window_w && y + lane.t < grid.window_h;
     const float change = features.keys(words, bias, present, scale, own_tile);
-    if (std::is_same_v<T, __half> && change != 1.0f) state.scale(change);
+    if (kNarrow<T> && change != 1.0f) state.scale(change);
     unrolled<4>([&](auto r) { store_shared<r * 512>(own_tile, words[0][r]); });
     meet();
     HeadFragments<kPartners> k;
@@ -317,7 +309,7 @@ __global__ void __launch_bounds__(max_threads(kHeadDim, kTaps))
     }
   }
   float mean = 1.0f / keys;
-  if constexpr (std::is_same_v<T, __half>) mean /= scale.value;
+  if constexpr (kNarrow<T>) mean /= scale.value;
   if (params.state) {
     state.store(params.state + static_cast<int64_t>(blockIdx.x) * channels * (kHeadDim + 1), channels, warp,
                 mean, lane);

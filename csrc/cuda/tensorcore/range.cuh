@@ -18,6 +18,15 @@ __device__ __forceinline__ float fit(float largest) {
   return __uint_as_float((127 + kRoom + 127 - exponent) << 23);
 }
 
+/// The factor of S and m of one warp, whose lanes' largest magnitudes are `largest`: it brings the largest of
+/// them into 2^12 .. 2^13, so that none overflows and as few as possible vanish.
+template <typename T>
+__device__ __forceinline__ float scale_for_rounding(float largest) {
+  if constexpr (!kNarrow<T>) return 1.0f;
+  const unsigned exponent = __reduce_max_sync(kAllLanes, __float_as_uint(largest)) >> 23;
+  return __uint_as_float(min(127 + 12 + 127 - exponent, 254u) << 23);
+}
+
 /// The factor of numbers that are summed over tiles. It falls as larger numbers come.
 struct RunningScale {
   float value = 0x1p100f;

@@ -1,4 +1,9 @@
-"""One training run on a fixed budget; the same recipe for every model."""
+"""One training run on a fixed budget; the same recipe for every model.
+
+The demo and the ablation do not train by `tools.train.Trainer`: they need torch alone, without timm, report
+every step's time and the accuracy several times an epoch, and leave no files. What is in
+benchmarks/results came of this recipe's own random draws.
+"""
 
 from __future__ import annotations
 
