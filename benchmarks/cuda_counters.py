@@ -96,7 +96,7 @@ def measure(shape: Shape, direction: str, dtype_name: str, divisor: int, stats: 
             after = stats.stat().st_size
             found = error(out[one], want.detach())
         else:
-            all_windows = replace(shape, batch=batch).windows
+            all_windows = replace(shape, batch=q_.shape[0]).windows
             out, state = torch.ops.flatten.attention_forward(q_, k_, v_, *options, all_windows)
             before = stats.stat().st_size
             mask = [True, True, True, True, False, True, True]
