@@ -122,7 +122,8 @@ def attention(
     return reference._gated(out, gate, gate_activation).to(q.dtype)  # type: ignore[arg-type]
 
 
-# Without gradients tokens go by parts of so many, which bounds what the operators allocate.
+# Without gradients tokens go by parts of so many, which bounds what the operators allocate. Not measured; a
+# part of 32 channels in float32 is 8 MiB.
 _PART = 1 << 16
 
 

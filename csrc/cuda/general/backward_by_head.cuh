@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kMostHeads * 32)
     }
     __syncwarp();
     const float inverse = 1 / (norm.gain * dot + focus.eps);
-    // Of a slot without a token gain is 0, and g too.
+    // A slot without a token has gain 0, and so g is 0 there.
     const float share = own.token < 0 ? 0.0f : dots[at.own_slot()] * norm.gain * inverse * inverse;
     if (own.token >= 0) {
       const std::int64_t row = first_row + own.local;

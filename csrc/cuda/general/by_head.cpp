@@ -47,8 +47,10 @@ HeadTiling head_map_tiling(const Geometry& g) {
 /// and end take as long as a tile or two.
 HeadSide head_side(const HeadTiling& tiling, std::int64_t pairs, std::int64_t heads,
                    std::int64_t shared_bytes, const Device& device) {
-  constexpr double kAround = 1.5;          // tiles
-  constexpr std::int64_t kBusyWarps = 12;  // of a multiprocessor
+  // The start and end of a block, in tiles, and the warps that keep a multiprocessor busy: estimates, not
+  // measured on a GPU. A multiprocessor has 65,536 registers, a thread 168 (kMostHeads).
+  constexpr double kAround = 1.5;
+  constexpr std::int64_t kBusyWarps = 12;
   constexpr std::int64_t kRegisters = 65536, kOfThread = 168;
   const std::int64_t fit = std::max<std::int64_t>(
       1, std::min(kRegisters / (kOfThread * 32 * heads), device.shared_bytes / (shared_bytes + 1024)));
@@ -57,7 +59,8 @@ HeadSide head_side(const HeadTiling& tiling, std::int64_t pairs, std::int64_t he
   for (int chunk_tiles = tiling.tiles; chunk_tiles >= 1; --chunk_tiles) {
     const std::int64_t chunks = ceil_div(tiling.tiles, chunk_tiles);
     const std::int64_t blocks = ceil_div(pairs * chunks, device.multiprocessors);  // of the busiest
-    // As many at a time as fit: few warps together wait for memory.
+    // A multiprocessor runs as many blocks at a time as fit. Few warps cost as much as kBusyWarps, since they
+    // wait for memory.
     const auto round = [&](std::int64_t together) {
       return static_cast<double>(std::max(together * heads, together > 0 ? kBusyWarps : 0)) / heads;
     };

@@ -45,7 +45,8 @@ struct Larger {
   __device__ float operator()(float a, float b) const { return max(a, b); }
 };
 
-/// What the eight lanes that share rows make of x, one value for each of their rows: of the own slot's row.
+/// Joins x, one value for each row, over the eight lanes that share rows. A lane gets the value of the row of
+/// its own slot.
 template <class F>
 __device__ __forceinline__ float reduce_rows(const HeadLane& at, float (&x)[8], F&& join) {
 #pragma unroll
@@ -118,7 +119,7 @@ struct HeadReader {
   }
 };
 
-/// Of one row, in the lane whose own slot it is: phi = gain * (pre * y)^3.
+/// The factors in phi = gain * (pre * y)^3 of one row, kept by the lane whose own slot it is.
 struct RowNorm {
   float pre, gain, inverse_z, inverse_cube;  // 1 / |z|^2, 1 / |z^3|^2
 };
@@ -257,7 +258,7 @@ struct HeadFocus {
     return map<kDot>(at, x, own_token, own_local, tile, vector, dot);
   }
 
-  /// The same of what `load` has read.
+  /// The same for the inputs x, which `load` has read.
   template <bool kDot>
   __device__ RowNorm map(const HeadLane& at, const float (&x)[8][4], int own_token, int own_local,
                          float* tile, const float (&vector)[4], float& dot) {
@@ -274,7 +275,8 @@ struct HeadFocus {
     return norm;
   }
 
-  /// With every row divided by its largest entry first. All warps see the same sums, so all come here.
+  /// Maps the tile again, with every row divided by its largest entry first. All warps have seen the same
+  /// sums, so all of them come here.
   template <bool kDot>
   __device__ RowNorm map_again(const HeadLane& at, int own_token, int own_local, float* tile,
                                const float (&vector)[4], float& dot) {

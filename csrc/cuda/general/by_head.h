@@ -86,7 +86,7 @@ constexpr int grad_key_shared(int taps) {
   return halo_shared(taps) + kHeadTile + kMatrixElements + 7 * kHeadSlots;
 }
 
-/// Beside that the taps, of the head or of all heads.
+/// The same in bytes, and the taps' weights of one head, or of all heads where each has its own.
 inline std::int64_t grad_key_shared_bytes(const AttentionInputs& in) {
   const std::int64_t taps = in.taps ? in.taps.kernel_h : 0, heads = in.geometry.heads;
   return head_shared_bytes(grad_key_shared(static_cast<int>(taps)), heads) +

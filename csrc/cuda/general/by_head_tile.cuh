@@ -47,7 +47,7 @@ struct HeadProduct {
 /// Where row i of a matrix for both products lies, such that neither meets a bank twice.
 __host__ __device__ constexpr int permuted_row(int i) { return i % 16 / 4 + 4 * (i % 4 + i / 16 * 4); }
 
-/// As HeadProduct, of a matrix with its rows permuted.
+/// HeadProduct with a matrix whose rows are permuted.
 struct HeadPermutedProduct : HeadProduct {
   __device__ __forceinline__ void add(const HeadLane& at, const float* a, const float* matrix) {
 #pragma unroll 2
@@ -113,7 +113,7 @@ struct HeadOuter {
     }
   }
 
-  /// To a state, with the means of the lane's four channels by rows.
+  /// Writes the sums to a state, and the means of the four channels that the lane has by rows.
   __device__ void store(const HeadLane& at, const State<float>& to, float (&mean)[4], float scale) const {
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
@@ -228,7 +228,7 @@ __device__ __forceinline__ int slot_of_pixel(int half, int row, int column) {
   return row * kHeadColumns + half * 4 + column;
 }
 
-/// What each lane has of a tile, by pixels, to out[slot][channel].
+/// Writes the values that each lane has of a tile, by pixels, to out[slot][channel].
 __device__ __forceinline__ void store_pixels(const HeadLane& at, const float (&x)[2][4][4], float* out) {
 #pragma unroll
   for (int i = 0; i < 32; ++i) {

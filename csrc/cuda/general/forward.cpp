@@ -14,6 +14,8 @@ std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; 
 
 bool has_wide_halo(const Taps& taps) { return std::max(taps.kernel_h, taps.kernel_w) > 5; }
 
+/// Channels whose 1 / scale lies in shared memory, 4 KiB in float: those of all published models. Further
+/// ones are divided by as they come.
 constexpr int kStagedScale = 1024;
 
 /// With 64 KiB, float64 and the halo of 7 x 7 taps leave no room for it.

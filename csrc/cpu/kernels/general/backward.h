@@ -28,7 +28,8 @@ class GeneralBackward {
   GeneralBackward(const GeneralBackward&) = delete;  // its parts refer to call_
 
   void run(const Parallel& parallel) const {
-    // Slots that do whole pairs each sum the gradient of key_bias: see BackwardKernel::run.
+    // Slots that do whole pairs each sum the gradient of key_bias; the limit [bytes] is that of
+    // BackwardKernel::run, for the same reason.
     constexpr i64 kMostBiasBytes = 8 << 20;
     const i64 key_tokens = call_.keys.tokens(), tiles = forward_.tiling().count(),
               key_tiles = keys_.tiling().count();
@@ -105,7 +106,7 @@ class GeneralBackward {
   }
 
  private:
-  /// What the slots share or leave for each other.
+  /// The memory that the slots share, or leave for each other.
   struct Shared {
     T *sums = nullptr, *gradients = nullptr;  // of the pair at hand, one of each a slot
     T* g = nullptr;                           // of its image, see QueryGradients::Scratch::g_of_image

@@ -12,7 +12,7 @@ class KeySums {
   using T = Accumulate<X>;
   using Call = GeneralCall<X>;
 
-  /// What a slot works in.
+  /// The memory that one slot works in.
   struct Scratch {
     FocusParameters<T> focus;
     T *inverse_scale, *values;  // values: one head of a block

@@ -5,7 +5,8 @@
 
 namespace flatten::cpu::FLATTEN_ISA {
 
-/// Of dy y (scale) and of the taps' bias as padded rows, of the taps' weight in the kernels' order.
+/// Sums over tokens: `scale` has those of dy y and `bias` those of the taps' bias, as padded rows; `weight`
+/// has those of the taps' weights, in the order of the kernels.
 template <class T>
 struct ParameterSums {
   T *scale = nullptr, *bias = nullptr, *weight = nullptr;
@@ -21,11 +22,11 @@ class ParameterGradients {
  public:
   using T = Accumulate<X>;
 
-  /// `shape`: of the taps, null without.
+  /// `shape` is that of the taps, null without taps.
   ParameterGradients(const GeneralCall<X>& call, const ParameterTask& task, const TapsShape<T>* shape)
       : call_(call), task_(task), shape_(shape), images_(call.in.taps.per_image ? call.geometry.batch : 1) {}
 
-  /// What the slots share.
+  /// The memory that all slots share.
   struct Shared {
     ParameterSums<T> totals;  // one behind the other; `weight` is of each slot and image
     T* key_bias = nullptr;    // padded rows, of each of key_bias_slots

@@ -10,7 +10,7 @@
 
 namespace flatten::cpu::FLATTEN_ISA {
 
-/// What a call asks of its query pass.
+/// What the query pass of a call has to compute, and from what.
 struct QueryTask {
   Tokens grad_out;
   MutableTokens query, normal, gate;  // gradients, each may be null
@@ -90,7 +90,7 @@ class QueryGradients {
     }
   }
 
-  /// What a tile reads and writes.
+  /// Expects what a tile reads and writes.
   void expect(const Block& block, Upcoming& upcoming) const {
     forward_.expect(block, task_.query.data && !streamed_ ? &task_.query : nullptr, upcoming);
     upcoming.add<X>(task_.grad_out, block, call_.cv.count());

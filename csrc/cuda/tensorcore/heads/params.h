@@ -20,6 +20,9 @@
 
 namespace flatten::cuda::tensorcore::heads {
 
+// Not measured on a GPU. Two blocks of eight warps, of 128 registers a thread, share a multiprocessor, but
+// for heads of 128. Three tiles of 64 tokens are 52 KiB at the most. 13 pairs are the 25 taps of 5 x 5 and
+// the bias.
 constexpr int kMostWarps = 8;                           // of a block of `multiply` and `differentiate`
 constexpr int kTileRows = 16;                           // of a warp of these at once
 constexpr int kStateTokens = 64;                        // that a block of `accumulate` takes in one step
@@ -29,8 +32,8 @@ constexpr int kRoundPairs = 13;                         // pairs of taps that a 
 /// The channels that the kernels give a head: the next of 32, 64 and 128.
 constexpr int padded(std::int64_t head_dim) { return head_dim <= 32 ? 32 : head_dim <= 64 ? 64 : 128; }
 
-/// Of one row, (window, token): y is scaled before it is raised, to z = prescale * y; then phi = factor *
-/// z^p. Four numbers: prescale, factor, 1 / |z|^2 and 1 / |z^p|^2.
+/// The norms of one row, (window, token). y is scaled before it is raised, to z = prescale * y; then
+/// phi = factor * z^p. The numbers are prescale, factor, 1 / |z|^2 and 1 / |z^p|^2.
 using RowNorms = float4;
 
 /// The rows of a window: `prefix` tokens in their order, then the pixels of the window.
@@ -40,7 +43,7 @@ struct Rows {
   int tokens;  // of one window
 };
 
-/// A tensor of q's or k's kind with what maps it.
+/// q or k, and what its feature map reads.
 struct Features {
   TokenArray x;
   Rows rows;
@@ -54,7 +57,7 @@ struct MeasureParams {
   std::int64_t rows[2];
 };
 
-/// What `accumulate` sums over the tokens of a chunk: the outer products of a feature row and a row of
+/// `accumulate` sums two things over the tokens of a chunk: the outer products of a feature row and a row of
 /// `other`, and the features themselves.
 struct AccumulateParams {
   Features features;

@@ -1,4 +1,4 @@
-// What the host code of these kernels shares, forward and backward.
+// What the host code of these kernels shares between forward and backward.
 #pragma once
 
 #include "../plan.h"
@@ -22,8 +22,8 @@ inline std::int64_t rows_of(const AttentionInputs& p, const Features& side) {
 /// The launch that measures the rows of both.
 MeasureParams measure_of(const AttentionInputs& p, const Features& query, const Features& key);
 
-/// Chunks of a multiple of `step` rows, several of which make enough blocks for the device, but not shorter
-/// than `least`.
+/// Cuts rows into chunks of a multiple of `step` rows, as many as make enough blocks for the device, but none
+/// shorter than `least`.
 struct RowChunks {
   int chunk, chunks;
   RowChunks(int rows, int step, int least, std::int64_t pieces, const Device& device) {
@@ -32,12 +32,17 @@ struct RowChunks {
     chunk = ceil_div(ceil_div(rows, std::clamp<std::int64_t>(wanted, 1, most)), step) * step;
     chunks = ceil_div(rows, chunk);
   }
+  // Blocks for each multiprocessor, so that one that ends early does not leave it idle. Not measured on a
+  // GPU.
   static constexpr std::int64_t kBlocksEach = 4;
 };
 
-/// Cuts windows into rectangles of at most kMostPixels pixels whose blocks `bytes(height, width)` fit: those
-/// that read the least halo for a pixel.
+/// Cuts windows into rectangles of at most kMostPixels pixels whose blocks, of `bytes(height, width)`, fit
+/// the shared memory: into those that read the least halo for a pixel.
 struct Rectangles {
+  // A block of kMostWarps warps takes two rounds of rows at the most. A rectangle of kEnough pixels
+  // reads 2.25 for each with 5 x 5 taps, smaller ones more. Neither the widths nor kEnough were measured on a
+  // GPU.
   static constexpr int kMostPixels = 2 * kMostWarps * kTileRows, kMostWidth = 32, kLeastWidth = 8,
                        kEnough = 64;
   int height = 0, width = 0, columns = 0, count = 0;
@@ -46,18 +51,18 @@ struct Rectangles {
   template <class Bytes>
   Rectangles(const WindowGrid& grid, const Taps& taps, std::int64_t pieces, const Device& device,
              Bytes bytes) {
-    // For two blocks at once if they are large enough, else for one.
+    // Two blocks share a multiprocessor where their rectangles are large enough then; else a block has it.
     for (const std::int64_t budget : {device.shared_bytes / 2 - 1024, device.shared_bytes}) {
       search(grid, taps, [&](int h, int w) { return bytes(h, w) <= budget; });
       fit = height > 0;
       if (fit && height * width >= std::min(grid.window_h * grid.window_w, kEnough)) break;
     }
     if (!fit) return;
-    // Shorter ones where there are few blocks.
+    // Rectangles get shorter until there are two blocks for each multiprocessor.
     while (height > 4 && pieces * columns * ceil_div(grid.window_h, height) < 2 * device.multiprocessors) {
       height = ceil_div(height, 2);
     }
-    height = ceil_div(grid.window_h, ceil_div(grid.window_h, height));  // of even height
+    height = ceil_div(grid.window_h, ceil_div(grid.window_h, height));  // all of much the same height
     count = columns * ceil_div(grid.window_h, height);
   }
 
@@ -79,7 +84,7 @@ struct Rectangles {
   }
 };
 
-/// S and m.
+/// The launches that leave S and m, or their gradients.
 struct StatePass {
   AccumulateParams params;
   const Kernels* kernels = nullptr;
@@ -87,7 +92,7 @@ struct StatePass {
   std::int64_t size = 0;
 
   StatePass() = default;
-  /// Of `features` and `other`; `scale`: of the sums.
+  /// Sums the products of `features` and `other`, and multiplies the sums by `scale`.
   StatePass(const AttentionInputs& p, const Features& features, const Tokens& other, double scale,
             const Device& device);
   std::int64_t bytes() const { return windows * size * std::int64_t{sizeof(float)}; }

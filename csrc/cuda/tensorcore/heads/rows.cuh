@@ -8,7 +8,7 @@
 
 namespace flatten::cuda::tensorcore::heads {
 
-/// By what powers z^p are multiplied before they are rounded: fp16's are at most 1 (measure_rows).
+/// The factor of powers z^p before they are rounded. In fp16 they are at most 1 before it (measure_rows).
 template <typename T>
 constexpr float kPowerRoom = kNarrow<T> ? 8192.0f : 1.0f;
 
@@ -58,7 +58,7 @@ __device__ __forceinline__ void scale8(float (&x)[8], const FocusParams& focus, 
   }
 }
 
-/// z^p.
+/// Raises z to the power p.
 __device__ __forceinline__ void raise8(float (&z)[8], const FocusParams& focus) {
   if (focus.mode == kNoMapping) return;
   if (focus.mode == 3) {
@@ -80,7 +80,7 @@ __device__ __forceinline__ void set_words(uint32_t (&words)[4], const uint4& x) 
   words[0] = x.x, words[1] = x.y, words[2] = x.z, words[3] = x.w;
 }
 
-/// 1 / scale of the block's head, zeros from its last channel on.
+/// Fills an array with 1 / scale of the block's head, and with zeros behind its last channel.
 template <typename T, int kSlices>
 __device__ __forceinline__ void load_inverse_scale(float* inverse, const Features& features, int head) {
   for (int c = threadIdx.x; c < kSlices * kSliceChannels; c += blockDim.x) {
@@ -139,7 +139,7 @@ __device__ __forceinline__ void times_block(float (&d)[kRows / 2][4], const RowW
   });
 }
 
-/// The rows that a warp takes at once, 8 kRows: the lane's are number g, g + 8 and so on.
+/// The 8 kRows rows that a warp takes at once. A lane has the rows g, g + 8 and so on.
 template <typename T, int kSlices, int kRows>
 struct RowTile {
   Spot spot[kRows];
