@@ -13,15 +13,13 @@ from typing import Any
 
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, Mlp, to_2tuple
-from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ._attention import Size
-from ._build import build
+from ._build import Variants, register
 from ._checkpoint import unwrap
 from ._cores import MilaAttention
 from ._pyramid import NormedPyramid, PyramidStage, on_map
-from ._timm import default_cfg
 
 __all__ = ["MilaBlock", "MilaTransformer"]
 
@@ -192,35 +190,18 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module, **origin:
     return out
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        f"mila_{size}.in1k": default_cfg(
-            origin_url="https://github.com/LeapLabTHU/MLLA", first_conv="patch_embed.conv1.conv", license=None
-        )
-        for size in ("tiny", "small", "base")
-    }
+_LONG = {"depths": (3, 6, 21, 6)}
+register(
+    __name__,
+    "LeapLabTHU/MLLA",
+    Variants(
+        MilaTransformer,
+        checkpoint_filter_fn,
+        {
+            "mila_tiny": {"drop_path_rate": 0.2},
+            "mila_small": {**_LONG, "drop_path_rate": 0.3},
+            "mila_base": {**_LONG, "embed_dim": 96, "num_heads": (3, 6, 12, 24), "drop_path_rate": 0.5},
+        },
+        {"first_conv": "patch_embed.conv1.conv"},
+    ),
 )
-
-
-def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> MilaTransformer:
-    return build(MilaTransformer, variant, pretrained, checkpoint_filter_fn, kwargs)
-
-
-@register_model
-def mila_tiny(pretrained: bool = False, **kwargs: Any) -> MilaTransformer:
-    """MILA-T."""
-    return _create("mila_tiny", pretrained, {"drop_path_rate": 0.2, **kwargs})
-
-
-@register_model
-def mila_small(pretrained: bool = False, **kwargs: Any) -> MilaTransformer:
-    """MILA-S."""
-    args = {"depths": (3, 6, 21, 6), "drop_path_rate": 0.3}
-    return _create("mila_small", pretrained, {**args, **kwargs})
-
-
-@register_model
-def mila_base(pretrained: bool = False, **kwargs: Any) -> MilaTransformer:
-    """MILA-B."""
-    args = {"embed_dim": 96, "depths": (3, 6, 21, 6), "num_heads": (3, 6, 12, 24), "drop_path_rate": 0.5}
-    return _create("mila_base", pretrained, {**args, **kwargs})

@@ -14,16 +14,15 @@ from typing import Any
 
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm, LayerScale, to_2tuple, trunc_normal_
-from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from ._attention import Size
-from ._build import build
+from ._build import Variants, register
 from ._checkpoint import unwrap
 from ._choice import PackedMala, PackedRala, PackedRotarySoftmax
 from ._pyramid import NormedPyramid, PyramidStage, on_map
-from ._timm import attention_types, default_cfg
+from ._timm import attention_types
 
 __all__ = ["RavltBlock", "RavltTransformer"]
 
@@ -206,16 +205,6 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module, **origin:
     return out
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        f"{name}_{size}.in1k": default_cfg(
-            origin_url=f"https://github.com/qhfan/{repository}", first_conv="patch_embed.proj.0", license=None
-        )
-        for name, repository in (("ravlt", "RALA"), ("mavit", "MALA"))
-        for size in ("tiny", "small", "base", "large")
-    }
-)
-
 _SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"drop_path_rate": 0.1},
     "small": {
@@ -239,56 +228,11 @@ _SIZES: dict[str, dict[str, Any]] = {
         "drop_path_rate": 0.55,
     },
 }
-
-
-def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], **args: Any) -> RavltTransformer:
-    args = {**_SIZES[variant.rpartition("_")[2]], **args, **kwargs}
-    return build(RavltTransformer, variant, pretrained, checkpoint_filter_fn, args)
-
-
-@register_model
-def ravlt_tiny(pretrained: bool = False, **kwargs: Any) -> RavltTransformer:
-    """RAVLT-T."""
-    return _create("ravlt_tiny", pretrained, kwargs)
-
-
-@register_model
-def ravlt_small(pretrained: bool = False, **kwargs: Any) -> RavltTransformer:
-    """RAVLT-S."""
-    return _create("ravlt_small", pretrained, kwargs)
-
-
-@register_model
-def ravlt_base(pretrained: bool = False, **kwargs: Any) -> RavltTransformer:
-    """RAVLT-B."""
-    return _create("ravlt_base", pretrained, kwargs)
-
-
-@register_model
-def ravlt_large(pretrained: bool = False, **kwargs: Any) -> RavltTransformer:
-    """RAVLT-L."""
-    return _create("ravlt_large", pretrained, kwargs)
-
-
-@register_model
-def mavit_tiny(pretrained: bool = False, **kwargs: Any) -> RavltTransformer:
-    """MAViT-T."""
-    return _create("mavit_tiny", pretrained, kwargs, attention="mala", projection=2048)
-
-
-@register_model
-def mavit_small(pretrained: bool = False, **kwargs: Any) -> RavltTransformer:
-    """MAViT-S."""
-    return _create("mavit_small", pretrained, kwargs, attention="mala", projection=2048)
-
-
-@register_model
-def mavit_base(pretrained: bool = False, **kwargs: Any) -> RavltTransformer:
-    """MAViT-B."""
-    return _create("mavit_base", pretrained, kwargs, attention="mala", projection=2048)
-
-
-@register_model
-def mavit_large(pretrained: bool = False, **kwargs: Any) -> RavltTransformer:
-    """MAViT-L."""
-    return _create("mavit_large", pretrained, kwargs, attention="mala", projection=2560)
+for _name, _origin, _arguments in (
+    ("ravlt", "qhfan/RALA", {}),
+    ("mavit", "qhfan/MALA", {"attention": "mala", "projection": 2048}),
+):
+    _variants = {f"{_name}_{size}": {**_SIZES[size], **_arguments} for size in _SIZES}
+    _variants.get("mavit_large", {}).update(projection=2560)
+    _cfg = {"first_conv": "patch_embed.proj.0"}
+    register(__name__, _origin, Variants(RavltTransformer, checkpoint_filter_fn, _variants, _cfg))

@@ -156,8 +156,9 @@ class FlattenSwinTransformer(SwinTransformer):
     Args:
         window_size: windows of the stages, as timm's: an int or (height, width) for all, or one for each.
             None in the place of a stage of type "L" is its whole map, whatever the size of the input. By
-            default, as published, stages of type "L" have their whole map, and those of type "S" 7 x 7
-            (12 x 12 in the model of 384 px).
+            default, as published, stages of type "L" have their whole map, and the others `softmax_window`.
+        softmax_window: side of the softmax windows where `window_size` does not say it: 7, in the published
+            models of 384 px 12.
         attn_type: "L" (linear), "S" (softmax) or "M" (mixed) for each stage.
         mixed_blocks: how many blocks of a stage of type "M", its first ones, attend linearly over the whole
             map. The others are softmax; the stage's windows are theirs.
@@ -182,8 +183,9 @@ class FlattenSwinTransformer(SwinTransformer):
         attention: str = "flatten",
         focusing_factor: float = 3.0,
         kernel_size: int = 5,
-        kernel_func: str = "identity",
         dynamic_img_size: bool = True,
+        kernel_func: str = "identity",
+        softmax_window: int = 7,
         **kwargs: Any,
     ):
         types = attention_types(attn_type, len(depths), "LSM")
@@ -191,7 +193,7 @@ class FlattenSwinTransformer(SwinTransformer):
         make = choose(attention, "packed", **options)
         check_attention_dropout(types, kwargs.get("attn_drop_rate", 0.0))
         if window_size is None:
-            window_size = default_windows(types, softmax=7)
+            window_size = default_windows(types, softmax_window)
         windows = stage_windows(window_size, len(depths))
         _check_softmax_windows(types, windows)
         # Blocks that are replaced at once need no table of relative positions.
@@ -411,6 +413,5 @@ def flatten_swin_base(pretrained: bool = False, **kwargs: Any) -> FlattenSwinTra
 @register_model
 def flatten_swin_base_384(pretrained: bool = False, **kwargs: Any) -> FlattenSwinTransformer:
     """FLatten-Swin-B at 384 px."""
-    windows = default_windows(kwargs.get("attn_type", "LLSS"), softmax=12)
-    args = {**BASE, "img_size": 384, "window_size": windows, "drop_path_rate": 0.5}
+    args = {**BASE, "img_size": 384, "softmax_window": 12, "drop_path_rate": 0.5}
     return _create("flatten_swin_base_384", pretrained, **{**args, **kwargs})
