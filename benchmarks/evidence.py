@@ -27,7 +27,8 @@ from flatten_ext.tools.bench import report
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
 PAGES = (ROOT / "docs" / "evidence.md", ROOT / "docs" / "models.md")
-SUITES = ("stages", "alternatives", "tokens", "roofline", "models", "end-to-end")  # of `flatten-ext bench`
+# Of `flatten-ext bench`.
+SUITES = ("stages", "alternatives", "tokens", "roofline", "models", "end-to-end", "families")
 SHOWN = re.compile(r"(<!-- ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 CAPTIONS = {
     "stages": "Speed-ups at the stage shapes",

@@ -15,6 +15,7 @@ pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 pytest.importorskip("timm")
 
+import families
 from typer.testing import CliRunner
 
 from flatten_ext import reference
@@ -32,6 +33,7 @@ from flatten_ext.tools.bench import (
     timing,
     trainings,
 )
+from flatten_ext.tools.bench import eager as bench_eager
 from flatten_ext.tools.bench.check import CheckFailed, check_focused, relative_error
 from flatten_ext.tools.bench.families import FAMILIES, FamilyMixer
 from flatten_ext.tools.bench.formulas import eager_attention, make_inputs
@@ -367,14 +369,28 @@ def test_the_eager_models_are_the_models(monkeypatch, model, options):
     for name, parameter in ours.named_parameters():
         if name.endswith((".scale", ".positional_encoding")):
             torch.nn.init.normal_(parameter, std=0.5)
-    eager = end_to_end.attending(ours, end_to_end.eager_attend)
+    eager = end_to_end.attending(ours, bench_eager.EAGER)
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(eager(x), ours(x), rtol=1e-4, atol=1e-5)
         called = []
-        monkeypatch.setattr(end_to_end, "eager_formula", lambda *a: called.append(1) or a[0])
+        monkeypatch.setattr(bench_eager, "eager_formula", lambda *a: called.append(1) or a[0])
         eager(x)
     assert called
+
+
+@pytest.mark.parametrize("family", [name for name in families.ALL if name not in families.SMALL])
+def test_the_eager_form_of_every_family_is_the_model(family):
+    torch.manual_seed(0)
+    ours = families.small(family, img_size=64).eval()
+    for name, parameter in ours.named_parameters():
+        if name.endswith((".scale", ".positional_encoding", ".power")):
+            torch.nn.init.normal_(parameter, std=0.5)
+    eager = end_to_end.attending(ours, bench_eager.EAGER)
+    assert any("attend" in vars(module) for module in eager.modules())
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(eager(x), ours(x), rtol=1e-4, atol=1e-5)
 
 
 def test_the_roofline_and_the_models_are_written(tmp_path, monkeypatch):

@@ -91,6 +91,7 @@ REPORTS: dict[str, Report] = {
         lambda record: {"models": lambda path: charts.draw_models(record["models"], path)},
     ),
     "end-to-end": Report(lambda record, gpu: tables.end_to_end_tables(record), lambda record: {}),
+    "families": Report(lambda record, gpu: [tables.families_table(record)], lambda record: {}),
     "quality": Report(
         lambda record, gpu: quality_report.tables_of(record),
         lambda record: {"quality": lambda path: quality_report.draw(record, path)},

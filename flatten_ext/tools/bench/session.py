@@ -162,6 +162,27 @@ def _run_end_to_end(options: Options, console: Console) -> None:
     _publish("end-to-end", setup | {"results": found}, options, console)
 
 
+def _run_families(options: Options, console: Console) -> None:
+    from flatten_ext.tools.bench import end_to_end  # needs the models
+
+    batches, size, rounds = ((1,), 64, 2) if options.quick else ((1, 8), 224, options.rounds)
+    names = end_to_end.FAMILIES[-1:] if options.quick else end_to_end.FAMILIES
+    threads, found = min(options.thread_counts), []
+    with timing.threads(threads):
+        machine = info.machine()
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("families", total=len(names) * len(batches))
+        for name in names:
+            for batch in batches:
+                arguments = (name, False, batch, size, rounds, threads, options.clock, False)
+                found.append({"batch": batch, **end_to_end.in_process(*arguments)})
+                bar.update(task, advance=1, description=f"families: {name}")
+                if not console.is_terminal:  # a log shows no bar
+                    console.print(f"{name}, batch {batch} done", highlight=False)
+    setup = {"machine": machine, "clock": options.clock, "size": size, "rounds": rounds}
+    _publish("families", setup | {"results": found}, options, console)
+
+
 def _train(
     title: str,
     run: trainings.Run,
@@ -238,6 +259,7 @@ SUITES: dict[str, Callable[[Options, Console], None]] = {
     "roofline": _run_roofline,
     "models": _run_models,
     "end-to-end": _run_end_to_end,
+    "families": _run_families,
     "quality": _run_quality,
     "restoration": _run_restoration,
 }

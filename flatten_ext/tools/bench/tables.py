@@ -17,6 +17,7 @@ __all__ = [
     "Table",
     "alternatives_tables",
     "end_to_end_tables",
+    "families_table",
     "machine_line",
     "memory_table",
     "models_table",
@@ -265,6 +266,28 @@ def end_to_end_tables(record: Mapping[str, Any]) -> list[Table]:
                 )
         made.append(table)
     return made
+
+
+def families_table(record: Mapping[str, Any]) -> Table:
+    """Milliseconds a batch of every family's model with the op, and how much longer its public form takes."""
+    threads, results = record["machine"]["threads"], record["results"]
+    count = "one thread" if threads == 1 else f"{threads} threads"
+    clock = ", processor time" if record["clock"] == "cpu" else ""
+    batches = sorted({row["batch"] for row in results})
+    table = Table(
+        f"The operator against the attention's public form, {record['size']} px, float32, {count}{clock}",
+        ["model", *(cell for batch in batches for cell in (f"ms at batch {batch}", "speed-up", "quartiles"))],
+        note=f"Medians of {record['rounds']} interleaved rounds. {machine_line(record)}.",
+    )
+    for model in dict.fromkeys(row["model"] for row in results):
+        cells = [model]
+        for batch in batches:
+            row = next(row for row in results if (row["model"], row["batch"]) == (model, batch))
+            low, high = row["speedup_quartiles"]["eager"]
+            ms = 1e3 * batch / row["images_per_second"]["operator"]
+            cells += [f"{ms:.0f}", f"{row['speedup']['eager']:.2f}", f"{low:.2f}-{high:.2f}"]
+        table.rows.append(cells)
+    return table
 
 
 def _overtakes(results: Results, name: str, threads: int) -> str:

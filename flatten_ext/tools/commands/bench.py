@@ -22,6 +22,7 @@ class Suite(str, enum.Enum):
     roofline = "roofline"
     models = "models"
     end_to_end = "end-to-end"
+    families = "families"
     quality = "quality"
     restoration = "restoration"
     all = "all"
@@ -38,8 +39,9 @@ def register(app: typer.Typer) -> None:
                 help="stages: the op, the eager formula, torch.compile and softmax at the published models' "
                 "shapes; alternatives: other attentions there; tokens: time and memory against tokens; "
                 "roofline; models: images/s and FLOPs of our models and timm's; end-to-end: our models with "
-                "the op and with the eager formula; quality: the ablation (hours); restoration: denoising "
-                "and super-resolution (an hour); all: all but quality and restoration."
+                "the op and with the eager formula; families: one model of each family likewise; quality: "
+                "the ablation (hours); restoration: denoising and super-resolution (an hour); all: all but "
+                "quality and restoration."
             ),
         ] = Suite.stages,
         output: Annotated[Path, typer.Option(help="Folder for the JSON, Markdown and SVG.")] = Path(
@@ -64,7 +66,7 @@ def register(app: typer.Typer) -> None:
         ] = False,
         seeds: Annotated[int, typer.Option(min=1, help="quality, restoration: seeds of each variant.")] = 5,
         jobs: Annotated[int, typer.Option(min=1, help="quality, restoration: trainings side by side.")] = 2,
-        rounds: Annotated[int, typer.Option(min=2, help="end-to-end: rounds of each model.")] = 9,
+        rounds: Annotated[int, typer.Option(min=2, help="end-to-end, families: rounds of each model.")] = 9,
     ) -> None:
         """Check, then time: focused linear attention beside its alternatives.
 
