@@ -83,7 +83,8 @@ void fill_tap_bias(const Taps& taps, Channels c, T* bias) {
   }
 }
 
-/// What the taps of a tile read, whatever the rows' tensor holds.
+/// What the taps of a tile read, whatever the rows' tensor holds. Its functions are called for every few
+/// outputs, and by so many that GCC would not inline them all unasked.
 template <class T>
 class TapRows {
  public:
@@ -93,16 +94,20 @@ class TapRows {
   /// rows()[i + dy] is what tap row dy of the tile's row i reads, from the tile's first column on; outside
   /// the window it is zeros, which only the ring is as wide as. Channels d, the first of a vector, of column
   /// x are at x * column_stride() + d * channel_stride().
-  const T* const* rows() const { return rows_; }
-  i64 column_stride() const { return in_place_ ? token_stride_ : kLanes<T>; }
-  i64 channel_stride() const { return in_place_ ? 1 : shape_.ring_columns; }
+  FLATTEN_INLINE const T* const* rows() const { return rows_; }
+  FLATTEN_INLINE i64 column_stride() const { return in_place_ ? token_stride_ : kLanes<T>; }
+  FLATTEN_INLINE i64 channel_stride() const { return in_place_ ? 1 : shape_.ring_columns; }
   /// The columns [first, end) that a row has, counted from the tile's first.
-  i64 first_column() const { return in_place_ ? -tile_.x : -shape_.pad_w; }
-  i64 end_column() const { return in_place_ ? grid_columns_ - tile_.x : tile_.width + shape_.pad_w; }
-  const TapsShape<T>& shape() const { return shape_; }
+  FLATTEN_INLINE i64 first_column() const { return in_place_ ? -tile_.x : -shape_.pad_w; }
+  FLATTEN_INLINE i64 end_column() const {
+    return in_place_ ? grid_columns_ - tile_.x : tile_.width + shape_.pad_w;
+  }
+  FLATTEN_INLINE const TapsShape<T>& shape() const { return shape_; }
   /// The tap rows [first, last) of the tile's row i that lie inside the window.
-  i64 first_tap_row(i64 i) const { return greater(0, shape_.pad_h - tile_.y - i); }
-  i64 last_tap_row(i64 i) const { return smaller(shape_.kernel_h, grid_rows_ + shape_.pad_h - tile_.y - i); }
+  FLATTEN_INLINE i64 first_tap_row(i64 i) const { return greater(0, shape_.pad_h - tile_.y - i); }
+  FLATTEN_INLINE i64 last_tap_row(i64 i) const {
+    return smaller(shape_.kernel_h, grid_rows_ + shape_.pad_h - tile_.y - i);
+  }
 
  protected:
   TapsShape<T> shape_;
