@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ ROWS = {
     row["method"]: row
     for row in re.finditer(
         rf"^\| (?P<method>[\w -]+) \| .* \| (?P<with>recorded, (?P<cases>\d) cases?|restated) "
-        rf"\| (?P<out>{NUMBER}) \| (?P<grad>{NUMBER}) \|$",
+        rf"\| (?P<out>{NUMBER}) \| (?P<grad>{NUMBER}) \| (?P<speed>\d+\.\d / \d+\.\d|-) \|$",
         DOCUMENT,
         re.MULTILINE,
     )
@@ -29,6 +31,21 @@ def test_the_table_has_every_method():
     assert list(ROWS) == [*CORES, *test_restated.METHODS]
     for method, core in CORES.items():
         assert int(ROWS[method]["cases"]) == len(core.cases)
+
+
+def test_every_method_has_its_speed(monkeypatch, capsys):
+    """Of those that have two rows one has it. The script that measures it runs, and checks what it times."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    script = importlib.import_module("published_methods")
+    monkeypatch.setattr(sys, "argv", ["published_methods.py", "--quick", "--cpu-time"])
+    try:
+        script.main()
+    finally:
+        script.timing.use_clock("wall")
+    timed = {line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()}
+    assert timed == {*script.OF_CORES, *script.OTHERS}
+    without = [method for method, row in ROWS.items() if row["speed"] == "-"]
+    assert without == ["MLLA", "InLine CSwin block"]
 
 
 @pytest.mark.parametrize("method", [*CORES, *test_restated.METHODS])
