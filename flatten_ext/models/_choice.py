@@ -110,10 +110,10 @@ ATTENTIONS = {
     "rala": _Places(PackedRala, PyramidRala, None, ()),
     "mala": _Places(PackedMala, PyramidMala, None, ()),
     "inline": _Places(PackedInline, PyramidInline, InlineStripeAttention, ("kernel_func",)),
-    "pola": _Places(PackedPolar, PyramidPolar, None, ("kernel_size",)),
+    "pola": _Places(PackedPolar, PyramidPolar, None, ("kernel_size", "alpha")),
 }
 ROTATED = ("mila", "rala", "mala")  # they need the keys on the queries' map
-_DEFAULTS = {"focusing_factor": 3.0, "kernel_size": 5, "kernel_func": "identity"}
+_DEFAULTS = {"focusing_factor": 3.0, "kernel_size": 5, "kernel_func": "identity", "alpha": 4.0}
 
 
 def choose(attention: str, place: str, **options: Any) -> Callable[..., nn.Module]:

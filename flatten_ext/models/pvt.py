@@ -135,6 +135,7 @@ class FlattenPyramidTransformer(Pyramid):
         la_sr_ratios: the same in stages of type "L"; the published models reduce nothing.
         focusing_factor: p of phi_p.
         kernel_size: odd size of the depthwise kernel.
+        alpha: of the attention "pola": its powers lie between 1 and 1 + alpha.
     """
 
     def __init__(
@@ -160,6 +161,7 @@ class FlattenPyramidTransformer(Pyramid):
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        alpha: float = 4.0,
         norm_layer: Any = LayerNorm,  # eps 1e-6
         device: Any = None,
         dtype: Any = None,
@@ -170,7 +172,8 @@ class FlattenPyramidTransformer(Pyramid):
         check_attention_dropout(types, attn_drop_rate)
         self.img_size, self.in_chans = to_2tuple(img_size), in_chans
         sizes = stage_sizes(img_size)
-        linear = choose(attention, "pyramid", focusing_factor=focusing_factor, kernel_size=kernel_size)
+        options = {"focusing_factor": focusing_factor, "kernel_size": kernel_size, "alpha": alpha}
+        linear = choose(attention, "pyramid", **options)
 
         def attend(i: int) -> nn.Module:
             softmax = Attention(

@@ -166,6 +166,7 @@ class FlattenSwinTransformer(SwinTransformer):
         focusing_factor: p of phi_p.
         kernel_size: odd size of the depthwise kernel.
         kernel_func: of the attention "inline": "identity", "relu", "leakyrelu" or "exp".
+        alpha: of the attention "pola": its powers lie between 1 and 1 + alpha.
         dynamic_img_size: accept any input size, padded to whole patches; on by default.
         kwargs: timm's SwinTransformer arguments.
 
@@ -185,11 +186,17 @@ class FlattenSwinTransformer(SwinTransformer):
         kernel_size: int = 5,
         dynamic_img_size: bool = True,
         kernel_func: str = "identity",
+        alpha: float = 4.0,
         softmax_window: int = 7,
         **kwargs: Any,
     ):
         types = attention_types(attn_type, len(depths), "LSM")
-        options = {"focusing_factor": focusing_factor, "kernel_size": kernel_size, "kernel_func": kernel_func}
+        options = {
+            "focusing_factor": focusing_factor,
+            "kernel_size": kernel_size,
+            "kernel_func": kernel_func,
+            "alpha": alpha,
+        }
         make = choose(attention, "packed", **options)
         check_attention_dropout(types, kwargs.get("attn_drop_rate", 0.0))
         if window_size is None:

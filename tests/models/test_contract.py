@@ -33,14 +33,16 @@ def test_registered() -> None:
         assert (cfg.num_classes, cfg.crop_mode, cfg.crop_pct) == (1000, "squash", 0.875)
 
 
-# Of the public README, which has no other checkpoints.
+# Of the public READMEs, which have no other checkpoints; of the later families, one each.
+OTHERS = ("mila_tiny", "ravlt_small", "mavit_large", "inline_pvt_tiny", "pola_swin_base")
 PUBLISHED = {
+    *OTHERS,
     *("flatten_pvt_tiny", "flatten_pvt_v2_b0", "flatten_cswin_tiny"),
     *(f"flatten_swin_{size}" for size in ("tiny", "small", "base", "base_384")),
 }
 
 
-@pytest.mark.parametrize("name", timm.list_models("flatten_*"))
+@pytest.mark.parametrize("name", [*timm.list_models("flatten_*"), *OTHERS, "inline_swin_base_384"])
 def test_pretrained_says_where_the_weights_are(name: str) -> None:
     with pytest.raises(RuntimeError, match="pretrained is True") as error:
         timm.create_model(name, pretrained=True)

@@ -143,5 +143,6 @@ def test_a_kernel_function_is_chosen_by_name() -> None:
     assert all(not torch.allclose(a, b) for i, a in enumerate(logits) for b in logits[:i])
     with pytest.raises(ValueError, match="kernel_func is 'elu', expected one of 'identity', 'relu'"):
         timm.create_model("inline_swin_tiny", kernel_func="elu", **config)
+    assert timm.create_model("pola_swin_tiny", alpha=2, **config).layers[0].blocks[0].attn.alpha == 2
     with pytest.raises(ValueError, match="kernel_func is 'relu', but the attention 'pola' reads no"):
         timm.create_model("pola_swin_tiny", kernel_func="relu", **config)
