@@ -53,7 +53,7 @@ def test_restorers_are_of_one_size_and_begin_with_their_input(problem):
 
 
 def test_restoration_is_trained_resumed_and_shown(tmp_path, monkeypatch):
-    chosen = {name: restoration.VARIANTS[name] for name in ("no attention: DWC", "FLatten")}
+    chosen = {name: restoration.VARIANTS[name] for name in ("DWC alone", "FLatten")}
     monkeypatch.setattr(restoration, "VARIANTS", chosen)
     todo = restoration.tasks(2)
     assert len(todo) == 8

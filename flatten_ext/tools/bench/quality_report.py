@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flatten_ext.tools.bench.tables import Table
+from flatten_ext.tools.bench.tables import Table, machine_line
 from flatten_ext.tools.style import FAINT, INK, figure, save
 
 __all__ = ["draw", "tables_of"]
@@ -33,6 +33,15 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def _elsewhere(summary: Mapping[str, Any]) -> str:
+    """Which variants were trained on another machine than the rest, whose rounding is not the same."""
+    others = {row["variant"]: row for row in summary["variants"] if "machine" in row}
+    if not others:
+        return ""
+    there = machine_line(next(iter(others.values())))
+    return f" {', '.join(others)}: {there}; the rest: {machine_line(summary)}."
+
+
 def tables_of(summary: Mapping[str, Any]) -> list[Table]:
     """One table for each model: accuracy over the seeds, rank and entropy of the trained matrices."""
     budget = summary["budget"]
@@ -41,7 +50,7 @@ def tables_of(summary: Mapping[str, Any]) -> list[Table]:
         table = Table(
             f"{model}: test accuracy after {budget['epochs']} epochs of 4,000 images",
             ["attention", "accuracy %", "seeds", "parameters", "rank", "rank without DWC", "entropy"],
-            note=NOTE,
+            note=NOTE + _elsewhere(summary),
         )
         for row in summary["variants"]:
             if row["model"] != model:

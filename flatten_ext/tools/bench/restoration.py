@@ -74,7 +74,7 @@ def _linear(name: str) -> Callable[[int, int], nn.Module]:
 
 
 VARIANTS: dict[str, Callable[[int, int], nn.Module]] = {
-    "no attention: DWC": _baseline(False, True),
+    "DWC alone": _baseline(False, True),
     "softmax": _baseline(True, False),
     "softmax + DWC": _baseline(True, True),
     "FLatten": _linear("flatten"),

@@ -15,7 +15,7 @@ from flatten_ext.tools.style import FAINT, INK, PAPER, color_of, figure, save
 
 __all__ = ["draw", "draw_examples", "paired", "tables_of"]
 
-AGAINST = ("no attention: DWC", "FLatten")  # what the others are subtracted from, seed by seed
+AGAINST = ("DWC alone", "FLatten")  # what the others are subtracted from, seed by seed
 _COLORS = {
     "FLatten": color_of("flatten"),
     "softmax": color_of("softmax"),
