@@ -117,7 +117,8 @@ class GeneralCall {
     }
   }
 
-  // A state keeps S, m and, where they are read, u without padding, window by window; W is not kept.
+  // A state keeps S, m and, where they are read, u without padding, window by window. The places of W, and of
+  // u where it is not read, are cleared: a state is the same in every run.
   i64 saved_elements() const { return window_state_elements(in); }
   /// Where a state of `saved` windows holds those of a pair, or -1 if it does not. The windows it holds are
   /// spread evenly over the pairs, so that every slot finds as many.
@@ -126,10 +127,12 @@ class GeneralCall {
     return (pair + 1) * saved / pairs() > at ? at * saved_elements() : -1;
   }
   void save_state(const GeneralSums<T>& sums, T* state) const {
+    T* const end = state + saved_elements();
     for (i64 i = 0; i < ck.count(); ++i, state += cv.dim) unpack(sums.s + i * cv.padded, state, cv.dim);
     for (i64 h = 0; h < ck.heads; ++h, state += ck.dim) unpack(sums.m + h * ck.padded, state, ck.dim);
     for (i64 h = 0; needs_u && h < ck.heads; ++h, state += cv.dim)
       unpack(sums.u + h * cv.padded, state, cv.dim);
+    for (; state < end; ++state) *state = T(0);
   }
   void load_state(const T* state, const GeneralSums<T>& sums) const {
     for (i64 i = 0; i < ck.count(); ++i, state += cv.dim) pack(state, sums.s + i * cv.padded, cv.dim, T(1));
