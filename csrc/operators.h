@@ -61,6 +61,8 @@ class Operators {
       return plain_torch::forward(args);
     }
     if (state) *state = empty_on_device_of(args.q, {elements}, accumulate_dtype(forward.dtype));
+    // A state has room for u and W of every call that may need them, and kernels leave what theirs does not.
+    if (elements > 0 && forward.general.has_sums()) torch::stable::zero_(*state);
     forward.out = writable(out);
     forward.saved_windows = saved_windows;
     if (saved_windows > 0) forward.state = state->mutable_data_ptr();

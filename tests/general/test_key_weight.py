@@ -218,3 +218,15 @@ def test_a_bool_mask_is_refused_with_the_words_that_convert_it(operators):
     mask = torch.ones(2, 12, dtype=torch.bool)
     with pytest.raises((ValueError, RuntimeError), match=r"key_weight.*mask\.to\(q\.dtype\)"):
         operators.attention(**arguments, key_weight=mask)
+
+
+def test_all_of_the_saved_state_was_written():
+    """It has room for u and W, which this call's normalizer does not read."""
+    q, k, v = torch.rand(3, 2, 40, 8).unbind()
+    rest = dict.fromkeys(("scale", "key_bias", "dwc_weight", "dwc_bias", "size", "window", "shift"))
+    rest |= {"focusing_factor": 3.0, "eps": 1e-6, "saved_windows": 2, "key_weight": torch.rand(2, 40)}
+    count = torch.ops.flatten.attention_forward(q, k, v, 2, **rest)[1].numel()
+    for _ in range(8):
+        junk = [torch.full((count,), float("nan")) for _ in range(8)]
+        del junk  # whose memory a new tensor may get
+        assert torch.ops.flatten.attention_forward(q, k, v, 2, **rest)[1].isfinite().all()
