@@ -126,26 +126,12 @@ def test_there_is_no_python_in_it(program: Path, tmp_path: Path) -> None:
     assert "libpython" not in linked
 
 
-def test_a_small_model(program: Path, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = timm.create_model(
-        "flatten_swin_tiny",
-        img_size=64,
-        depths=(1, 1, 1, 1),
-        embed_dim=24,
-        num_heads=(1, 2, 4, 8),
-        num_classes=10,
-    )
-    compare(program, tmp_path, model, torch.randn(2, 3, 64, 64))
-
-
 def test_a_file_of_another_size_is_an_error(program: Path, tmp_path: Path) -> None:
     torch.zeros(5).numpy().tofile(tmp_path / "images.f32")
     with pytest.raises(AssertionError, match=r"images.f32 does not have 192 numbers of float32"):
         run(program, "model.pt2", "images.f32", "out.f32", "1", "8", "8", cwd=tmp_path)
 
 
-@pytest.mark.slow
 def test_flatten_swin_t(program: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     compare(program, tmp_path, timm.create_model("flatten_swin_tiny"), torch.randn(1, 3, 224, 224))
