@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flatten_ext.tools.micro.descent import descend, learning_rate
 from flatten_ext.tools.micro.photographs import HELD_OUT, TRAIN, read_photograph
 
 __all__ = ["PROBLEMS", "Budget", "HeldOut", "MicroRestorer", "degraded", "held_out", "train"]
@@ -122,13 +122,8 @@ def train(net: MicroRestorer, problem: str, budget: Budget, seed: int) -> float:
     photographs = [read_photograph(name) for name in TRAIN]
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(net.parameters(), lr=budget.learning_rate, weight_decay=0.0, fused=True)
-    warmup, losses = max(1, round(budget.warmup * budget.steps)), []
+    losses = []
     for step in range(budget.steps):
-        share = (step + 1) / warmup
-        if step >= warmup:
-            share = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, budget.steps - warmup)))
-        for group in optimizer.param_groups:
-            group["lr"] = budget.learning_rate * share
         chosen = torch.randint(0, len(photographs), (budget.batch_size,), generator=generator).tolist()
         clean = torch.cat([_crops(photographs[i], budget.crop, 1, generator) for i in chosen])
         turns, mirrors = torch.randint(0, 4, (2, budget.batch_size), generator=generator).tolist()
@@ -139,10 +134,8 @@ def train(net: MicroRestorer, problem: str, budget: Budget, seed: int) -> float:
             ]
         )
         loss = F.l1_loss(net(degraded(clean, problem, budget, generator)), clean)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), budget.clip_norm)
-        optimizer.step()
+        rate = learning_rate(step, budget.steps, budget.learning_rate, budget.warmup)
+        descend(net, loss, optimizer, rate, budget.clip_norm)
         losses.append(float(loss.detach()))
     return statistics.mean(losses[-max(1, budget.steps // 10) :])
 

@@ -7,7 +7,6 @@ benchmarks/results came of this recipe's own random draws.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from flatten_ext.tools.evaluate import evaluate
+from flatten_ext.tools.micro.descent import descend, learning_rate
 from flatten_ext.tools.micro.images import Images
 
 __all__ = ["Budget", "Progress", "total_steps", "train"]
@@ -54,13 +54,6 @@ class Progress:
 def total_steps(images: Images, budget: Budget) -> int:
     """Steps of a run: whole batches only."""
     return budget.epochs * (len(images.train[: budget.train_images]) // budget.batch_size)
-
-
-def _learning_rate(step: int, steps: int, budget: Budget) -> float:
-    warmup = max(1, round(budget.warmup * steps))
-    if step < warmup:
-        return budget.learning_rate * (step + 1) / warmup
-    return budget.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def _shifted(batch: Tensor, reach: int, generator: torch.Generator) -> Tensor:
@@ -101,14 +94,10 @@ def train(model: nn.Module, images: Images, budget: Budget, seed: int) -> Iterat
             if len(batch) < budget.batch_size:
                 continue
             started = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = _learning_rate(step, steps, budget)
             logits = model(_shifted(inputs[batch], budget.roll, generator))
             loss = F.cross_entropy(logits, labels[batch], label_smoothing=budget.label_smoothing)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), budget.clip_norm)
-            optimizer.step()
+            rate = learning_rate(step, steps, budget.learning_rate, budget.warmup)
+            descend(model, loss, optimizer, rate, budget.clip_norm)
             step_ms = 1e3 * (time.perf_counter() - started)
             step += 1
             reached = None
