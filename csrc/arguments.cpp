@@ -167,15 +167,15 @@ void check(ConvArgs& args, ConvInputs& in) {
   in.x = check.readable("x", args.x);
 }
 
-Tokens check_grad_out(const char* op, Tensor& grad_out, const Tensor& q, const Geometry& g) {
+Tokens check_like_out(const char* op, const char* name, Tensor& t, const Tensor& q, const Geometry& g) {
   const Checker check{op, "the input"};
-  check.tokens("grad_out", grad_out);
-  check.device("grad_out", grad_out, q);
-  check.dtype("grad_out", grad_out, q);
+  check.tokens(name, t);
+  check.device(name, t, q);
+  check.dtype(name, t, q);
   const Sizes expected{g.batch, g.queries, g.value_channels()};
-  check.expect(same(grad_out.sizes(), expected), "grad_out has shape ", show(grad_out.sizes()), ", expected ",
+  check.expect(same(t.sizes(), expected), name, " has shape ", show(t.sizes()), ", expected ",
                show(expected));
-  return check.readable("grad_out", grad_out);
+  return check.readable(name, t);
 }
 
 void check_saved_windows(std::int64_t count, const Tensor& q, const Geometry& g) {

@@ -78,9 +78,9 @@ class Arguments {
 void check(AttentionArgs& args, AttentionInputs& inputs);
 void check(ConvArgs& args, ConvInputs& inputs);
 
-/// The gradient of the output: (batch, queries, value channels), q's (x's) dtype and device; made contiguous
-/// in place if need be.
-Tokens check_grad_out(const char* op, Tensor& grad_out, const Tensor& q, const Geometry& geometry);
+/// The output or the gradient of it: (batch, queries, value channels), q's (x's) dtype and device; made
+/// contiguous in place if need be.
+Tokens check_like_out(const char* op, const char* name, Tensor& t, const Tensor& q, const Geometry& geometry);
 
 /// How many windows' S and m a forward is to save.
 void check_saved_windows(std::int64_t count, const Tensor& q, const Geometry& g);

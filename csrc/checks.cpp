@@ -16,7 +16,7 @@ void check_attention(StableIValue* stack, std::uint64_t count, std::uint64_t) {
   given.end();
   AttentionInputs inputs;
   check(args, inputs);
-  if (grad_out) check_grad_out("attention_backward", *grad_out, args.q, inputs.geometry);
+  if (grad_out) check_like_out("attention_backward", "grad_out", *grad_out, args.q, inputs.geometry);
   if (state) check_state(*state, args.q, inputs);
 }
 
@@ -27,7 +27,7 @@ void check_depthwise_conv(StableIValue* stack, std::uint64_t count, std::uint64_
   given.end();
   ConvInputs inputs;
   check(args, inputs);
-  if (grad_out) check_grad_out("depthwise_conv_backward", *grad_out, args.x, inputs.geometry);
+  if (grad_out) check_like_out("depthwise_conv_backward", "grad_out", *grad_out, args.x, inputs.geometry);
 }
 
 void check_attention_state(StableIValue* stack, std::uint64_t count, std::uint64_t) {
@@ -47,7 +47,8 @@ void check_attention_from_state(StableIValue* stack, std::uint64_t count, std::u
   given.end();
   AttentionInputs inputs;
   check(args, inputs);
-  if (grad_out) check_grad_out("attention_from_state_backward", *grad_out, args.q, inputs.geometry);
+  if (grad_out)
+    check_like_out("attention_from_state_backward", "grad_out", *grad_out, args.q, inputs.geometry);
 }
 
 }  // namespace

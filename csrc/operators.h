@@ -96,11 +96,13 @@ class Operators {
     const auto state = given.next<Tensor>();
     const auto mask = given.next<std::vector<bool>>();
     given.general(Focus::kEither, args);
+    auto out = given.next<OptionalTensor>();
     given.end();
     AttentionBackward backward;
     check(args, backward);
     Device::check_values("attention", backward);
-    backward.grad_out = check_grad_out("attention_backward", grad_out, args.q, backward.geometry);
+    backward.grad_out = check_like_out("attention_backward", "grad_out", grad_out, args.q, backward.geometry);
+    if (out) backward.out = check_like_out("attention_backward", "out", *out, args.q, backward.geometry);
     const SavedState saved = check_state(state, args.q, backward);
     backward.state = saved.data;
     backward.saved_windows = saved.windows;
@@ -144,7 +146,8 @@ class Operators {
     given.end();
     ConvBackward backward;
     check(args, backward);
-    backward.grad_out = check_grad_out("depthwise_conv_backward", grad_out, args.x, backward.geometry);
+    backward.grad_out =
+        check_like_out("depthwise_conv_backward", "grad_out", grad_out, args.x, backward.geometry);
     stack[0] = torch::stable::detail::from(gradients_of(args, grad_out, mask, backward, args.x));
   }
 
@@ -219,7 +222,8 @@ class Operators {
     FromStateBackward backward;
     check(args, backward);
     Device::check_values("attention_from_state", backward);
-    backward.grad_out = check_grad_out("attention_from_state_backward", grad_out, args.q, backward.geometry);
+    backward.grad_out =
+        check_like_out("attention_from_state_backward", "grad_out", grad_out, args.q, backward.geometry);
     backward.from = args.state.const_data_ptr();
     std::vector<Tensor> gradients = allocate_gradients(args, mask, backward);
     if (!gradients.empty() && !is_empty(backward.geometry)) {

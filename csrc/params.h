@@ -210,6 +210,7 @@ constexpr std::int64_t state_elements(const Geometry& g) {
 /// Each output is null when nobody asked for it.
 struct AttentionBackward : AttentionInputs {
   Tokens grad_out;
+  Tokens out;  // of the forward, or null: what saves computing again what the gate multiplied
   const void* state = nullptr;  // as the forward left it; null: recompute S and m of all windows
   std::int64_t saved_windows = 0;
   MutableTokens grad_query, grad_key, grad_value;

@@ -73,7 +73,8 @@ STABLE_TORCH_LIBRARY(flatten, m) {
   // S and m of saved_windows windows, on CUDA of all or none; a backward computes those of the others again,
   // and returns one gradient for each true entry of output_mask, in the order of the tensor arguments. The
   // general form's arguments come last, behind what is the operator's own; a feature_map of None is
-  // "focused", or nothing with a focusing_factor of None.
+  // "focused", or nothing with a focusing_factor of None. `out`, of the forward, saves the backward of a gate
+  // computing it again.
   const std::string attention =
       "Tensor q, Tensor k, Tensor v, int num_heads, Tensor? scale, Tensor? key_bias, Tensor? dwc_weight, "
       "Tensor? dwc_bias, SymInt[]? size, SymInt[]? window, SymInt[]? shift, float? focusing_factor, float "
@@ -88,7 +89,7 @@ STABLE_TORCH_LIBRARY(flatten, m) {
          ") -> (Tensor out, Tensor state)")
             .c_str());
   m.def(("attention_backward(Tensor grad_out, " + attention + ", Tensor state, bool[] output_mask" + general +
-         ") -> Tensor[]")
+         ", Tensor? out=None) -> Tensor[]")
             .c_str());
   m.def(("depthwise_conv_backward(Tensor grad_out, " + conv + ", bool[] output_mask) -> Tensor[]").c_str());
   const std::string plain_state = without_defaults(state), plain_from_state = without_defaults(from_state);

@@ -12,7 +12,7 @@ from . import private
 # Tensors of (batch, tokens, channels).
 TOKENS = ("grad_out", "q", "k", "v", "x", "gate", "normalizer_q", "normalizer_k")
 # These and all others whose first dimension is the batch; what is left belongs to the whole batch.
-BATCHED = (*TOKENS, "key_weight", "state")
+BATCHED = (*TOKENS, "key_weight", "state", "out")
 
 
 def _picker(indices: Sequence[int]) -> Callable[[tuple], tuple]:

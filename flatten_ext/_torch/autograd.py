@@ -8,7 +8,9 @@ them silently.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +45,7 @@ class Flatten:
         else:
             out, state = family.forward(keyset, tensors, options, saved_windows)
         ctx.family, ctx.options = family, options
-        ctx.save_for_backward(state, *tensors)
+        ctx.save_for_backward(state, out if _needs_out(family, out, tensors) else None, *tensors)
         ctx.set_materialize_grads(False)  # the state has none: no zeros of its size
         if state is not None:
             ctx.mark_non_differentiable(state)
@@ -54,9 +56,11 @@ class Flatten:
         mask = ctx.needs_input_grad[4:]
         if grad_out is None:
             return None, None, None, None, *(None for _ in mask)
-        state, *tensors = ctx.saved_tensors
+        state, out, *tensors = ctx.saved_tensors
+        if out is not None:
+            out = out.detach()  # a derivative by it is one by the tensors, which are given
         with nullcontext() if _may_record(grad_out) else private.below_autograd():
-            gradients = iter(ctx.family.backward(grad_out, tensors, ctx.options, state, list(mask)))
+            gradients = iter(ctx.family.backward(grad_out, tensors, ctx.options, state, out, list(mask)))
         return None, None, None, None, *(next(gradients) if wanted else None for wanted in mask)
 
 
@@ -64,16 +68,16 @@ class FlattenGradient:
     """First derivatives by the kernels, their derivatives by the reference."""
 
     @staticmethod
-    def forward(ctx, family, options, mask, state, grad_out, *tensors):
+    def forward(ctx, family, options, mask, state, out, grad_out, *tensors):
         with _this_level_off():
-            gradients = family.backward(grad_out, tensors, options, state, mask)
+            gradients = family.backward(grad_out, tensors, options, state, out, mask)
         ctx.family, ctx.options, ctx.mask = family, options, mask
         ctx.save_for_backward(grad_out, *tensors)
         return tuple(gradients)
 
     @staticmethod
     def backward(ctx, *grad_gradients):
-        needed = ctx.needs_input_grad[4:]
+        needed = ctx.needs_input_grad[5:]
         saved = ctx.saved_tensors
 
         def first(*wanted):
@@ -81,7 +85,18 @@ class FlattenGradient:
             return ctx.family.gradients(ctx.options, ctx.mask, grad_out, tensors)
 
         second = iter(vjp(first, select(saved, needed), grad_gradients))
-        return None, None, None, None, *(next(second) if need else None for need in needed)
+        return *(None,) * 5, *(next(second) if need else None for need in needed)
+
+
+# The gate's gradient needs the output before the gate, which the kernels of the CPU take from the output
+# itself where its dtype leaves it exact enough; others compute it again.
+_GATE = ATTENTION.arguments.tensors.index("gate")
+
+
+def _needs_out(family: Family, out: Tensor, tensors: Sequence[Any]) -> bool:
+    if not family.takes_out or (gate := tensors[_GATE]) is None or not gate.requires_grad:
+        return False
+    return out.device.type == "cpu" and out.dtype in (torch.float32, torch.float64)
 
 
 _flatten = private.autograd_function(Flatten)
@@ -180,12 +195,13 @@ def _register_backward(name: str, family: Family) -> None:
 
     def kernel(keyset, *args):
         given = own.complete(args)
-        tensors, (grad_out, state, mask) = tensors_of(given), besides_of(given)
+        tensors, (grad_out, state, mask, out) = tensors_of(given), besides_of(given)
         if private.in_forward_mode((grad_out, *tensors)):
             return list(family.gradients(options_of(given), mask_of(mask, tensors), grad_out, tensors))
         if torch.is_grad_enabled() and private.any_requires_grad(grad_out, *tensors):
             mask = mask_of(mask, tensors)
-            return list(_flatten_gradient(family, options_of(given), mask, state, grad_out, *tensors))
+            out = None if out is None else out.detach()
+            return list(_flatten_gradient(family, options_of(given), mask, state, out, grad_out, *tensors))
         return below(keyset & after, *args)
 
     _library.impl(name, kernel, "Autograd", with_keyset=True)

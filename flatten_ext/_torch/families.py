@@ -55,7 +55,10 @@ class Family:
         )
         backward_signature, check_signature = signature(backward), signature(check)
         self._backward = backward_signature.op
-        self._order_backward = backward_signature.ordered((*names, "grad_out", *state, "output_mask"))
+        self.takes_out = "out" in backward_signature.names and not without
+        self._order_backward = backward_signature.ordered(
+            (*names, "grad_out", *state, "output_mask", *(("out",) if self.takes_out else ()))
+        )
         self._check = check_signature.op
         self._order_check = check_signature.ordered((*names, "grad_out", *state))
         self._by_reference = by_reference
@@ -71,15 +74,17 @@ class Family:
         )
         return out if self.has_state else (out, None)
 
-    def backward(self, grad_out, tensors, options, state, mask) -> list[Tensor]:
+    def backward(self, grad_out, tensors, options, state, out, mask) -> list[Tensor]:
         """The gradients in `mask`, which has an entry for each of `tensors`."""
         besides = (grad_out, state, mask) if self.has_state else (grad_out, mask)
+        if self.takes_out:
+            besides = (*besides, out)
         return self._backward(*self._order_backward((*self.arguments.join(tensors, options), *besides)))
 
     def pickers(self, of: Signature) -> tuple[Callable[[tuple], tuple], ...]:
-        """Functions that take tensors, options, and (grad_out, state, output_mask) out of the complete
-        arguments of the backward operator; the state is None where it is none of attention_forward's."""
-        besides = ("grad_out", "state" if self.has_state else "", "output_mask")
+        """Functions that take tensors, options, and (grad_out, state, output_mask, out) out of the complete
+        arguments of the backward operator; state and out are None where it is not attention_backward."""
+        besides = ("grad_out", "state" if self.has_state else "", "output_mask", "out")
         return of.take(self.arguments.tensors), of.take(self.arguments.options), of.take(besides)
 
     def check(self, tensors: Sequence[Any], options: tuple, grad_out=None, state=None) -> None:

@@ -77,7 +77,7 @@ def _register_vmap(name: str) -> None:
     own = signature(name)
     op, names = own.by_keyword(own.op), own.names
     several = len(private.schema(own.op).returns) > 1
-    saved = ("state",) if name == "attention_backward" else ()
+    saved = ("state", "out") if name == "attention_backward" else ()
     asked_for = [n for n in own.tensors if n not in ("grad_out", *saved)]
 
     def mapped(outputs):
@@ -111,6 +111,8 @@ def _register_vmap(name: str) -> None:
         def fold(argument: str, value: Any, d: int | None) -> Any:
             if argument == "saved_windows":
                 return 0
+            if argument == "out":
+                return None
             if argument in saved:
                 return value.new_empty(0)
             if value is None or not of_images(argument):
@@ -180,14 +182,15 @@ def _register_backward(name: str, family: Family) -> None:
 
     def fake(*args):
         given = own.complete(args)
-        tensors, (grad_out, state, mask) = tensors_of(given), besides_of(given)
+        tensors, (grad_out, state, mask, _) = tensors_of(given), besides_of(given)
         if not private.is_fake(tensors[0]):
             family.check(tensors, options_of(given), grad_out, state)
         return [t.new_empty(t.shape) for t in select(tensors, mask_of(mask, tensors))]
 
     def fallback(*args):
         given = own.complete(args)
-        tensors, options, (grad_out, state, mask) = tensors_of(given), options_of(given), besides_of(given)
+        tensors, options = tensors_of(given), options_of(given)
+        grad_out, state, mask, _ = besides_of(given)
         family.check(tensors, options, grad_out, state)
         return _gradients(family, options, mask, grad_out, tensors)
 
@@ -224,7 +227,7 @@ def _register_reference(name: str, family: Family) -> None:
 
     def run_backward(*args):
         given = backward.complete(args)
-        grad_out, _, mask = besides_of(given)
+        grad_out, _, mask, _ = besides_of(given)
         return _gradients(family, options_of_backward(given), mask, grad_out, tensors_of_backward(given))
 
     _library.impl(forward.op.name(), run, "CompositeExplicitAutograd")

@@ -25,6 +25,8 @@ FLATTEN_INLINE FloatVec relu(FloatVec x) { return _mm256_max_ps(_mm256_setzero_p
 FLATTEN_INLINE FloatVec at_least(FloatVec x, FloatVec low) { return _mm256_max_ps(low, x); }
 FLATTEN_INLINE FloatVec at_most(FloatVec x, FloatVec high) { return _mm256_min_ps(high, x); }
 
+FLATTEN_INLINE FloatVec reciprocal(FloatVec x) { return 1 / x; }
+
 FLATTEN_INLINE FloatVec square_root(FloatVec x) { return _mm256_sqrt_ps(x); }
 
 FLATTEN_INLINE float sum(FloatVec x) {

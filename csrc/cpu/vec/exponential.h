@@ -30,7 +30,7 @@ FLATTEN_INLINE DoubleVec exponential(DoubleVec x) {
 /// 1 / (1 + e^-x) and, in `rest`, 1 less that.
 template <class V>
 FLATTEN_INLINE V sigmoid(V x, V& rest) {
-  const V power = exponential(x < 0 ? x : -x), larger = 1 / (1 + power), smaller = power * larger;
+  const V power = exponential(x < 0 ? x : -x), larger = reciprocal(1 + power), smaller = power * larger;
   rest = x < 0 ? larger : smaller;
   return x < 0 ? smaller : larger;
 }

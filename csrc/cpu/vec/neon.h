@@ -31,6 +31,8 @@ FLATTEN_INLINE FloatVec relu(FloatVec x) {
   return bit_cast<FloatVec>(vmaxq_f32(bit_cast<float32x4_t>(x), vdupq_n_f32(0)));
 }
 
+FLATTEN_INLINE FloatVec reciprocal(FloatVec x) { return 1 / x; }
+
 FLATTEN_INLINE FloatVec square_root(FloatVec x) {
   return bit_cast<FloatVec>(vsqrtq_f32(bit_cast<float32x4_t>(x)));
 }

@@ -28,6 +28,8 @@ FLATTEN_INLINE FloatVec relu(FloatVec x) { return x < 0 ? FloatVec{} : x; }
 FLATTEN_INLINE FloatVec at_least(FloatVec x, FloatVec low) { return x < low ? low : x; }
 FLATTEN_INLINE FloatVec at_most(FloatVec x, FloatVec high) { return x > high ? high : x; }
 
+FLATTEN_INLINE FloatVec reciprocal(FloatVec x) { return 1 / x; }
+
 FLATTEN_INLINE FloatVec square_root(FloatVec x) {
   for (int i = 0; i < kFloats; ++i) x[i] = __builtin_sqrtf(x[i]);
   return x;

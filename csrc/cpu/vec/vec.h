@@ -23,6 +23,7 @@ FLATTEN_INLINE DoubleVec in_register(DoubleVec x) { return x; }
 FLATTEN_INLINE DoubleVec fma(DoubleVec a, DoubleVec b, DoubleVec c) { return a * b + c; }
 FLATTEN_INLINE DoubleVec relu(DoubleVec x) { return x < 0 ? DoubleVec{} : x; }
 FLATTEN_INLINE DoubleVec at_most(DoubleVec x, DoubleVec high) { return x > high ? high : x; }
+FLATTEN_INLINE DoubleVec reciprocal(DoubleVec x) { return 1 / x; }
 FLATTEN_INLINE DoubleVec square_root(DoubleVec x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_sqrt(x[i]);
   return x;

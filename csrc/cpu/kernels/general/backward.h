@@ -131,6 +131,7 @@ class GeneralBackward {
   }
   static QueryTask query_task(const AttentionBackward& p) {
     return {p.grad_out,
+            p.out,
             p.grad_query,
             p.grad_normalizer_query,
             p.grad_gate,

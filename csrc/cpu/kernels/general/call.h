@@ -187,8 +187,31 @@ class GeneralCall {
     turn_head(gradient, table_of(h, block), block.count, ck, true, start, factor, gradient);
   }
 
+  /// dx of one head, whose features are not focused, from the derivative by its features as S has them
+  /// (`gradient`, which is spoiled): rotated back, start[d] * factor[t] added unless `start` is null, times
+  /// the map's slope.
+  void finish_head(i64 h, const T* z, const Block& block, T* gradient, const T* start, const T* factor,
+                   const HeadGradient<X, T>& to) const {
+    if (start && turns_in_one_)
+      return map_.turn_and_backward(z, gradient, table_of(h, block), block.count, h, ck, start, factor, to);
+    finish_features(h, block, gradient, start, factor);
+    map_backward(h, z, block, gradient, to);
+  }
+  /// The slope alone.
+  void map_backward(i64 h, const T* z, const Block& block, const T* gradient,
+                    const HeadGradient<X, T>& to) const {
+    map_.backward(z, gradient, block.position, block.count, h, ck, to);
+  }
+  /// All but the slope.
+  void finish_features(i64 h, const Block& block, T* gradient, const T* start, const T* factor) const {
+    if (general.rotation) {
+      turn_back(h, block, gradient, start, factor);
+    } else if (start) {
+      add_multiples(start, factor, block.count, ck.padded, gradient);
+    }
+  }
+
   BiasRows bias_rows(const Block& block) const { return {in.mapping.key_bias.data, block.position}; }
-  const HeadMap<X, T>& map() const { return map_; }
   const Focus<X, T>& focus_query() const { return focus_query_; }
   const Focus<X, T>& focus_key() const { return focus_key_; }
 

@@ -195,7 +195,10 @@ class KeyGradients {
     const bool turns = static_cast<bool>(call_.general.rotation);
     call_.products.to_keys(count, s.packed, s.transposed + h * cv.dim * ck.padded, turns ? nullptr : start,
                            factor, gradient, upcoming);
-    if (turns) call_.turn_back(h, block, gradient, start, factor);
+    const Rows<X> dx = rows_of<X>(task_.key, block);
+    const HeadGradient<X, T> to{task_.key.data ? dx.at : nullptr, s.key_bias_sum, key_streamed_};
+    const bool ends_here = !call_.focused && (task_.key.data || s.key_bias_sum);
+    if (turns && !(ends_here && !task_.key_weight)) call_.turn_back(h, block, gradient, start, factor);
     if (task_.key_weight) {
       weigh_gradient(h, head, block, share, s, gradient, dot, by_weight);
     } else if (call_.focused) {
@@ -210,10 +213,9 @@ class KeyGradients {
           store_at_most(rows[t] + h * ck.dim + d, load(dm + d) * share[t], ck.dim - d);
       }
     }
-    if (call_.focused || !(task_.key.data || s.key_bias_sum)) return;
-    const Rows<X> dx = rows_of<X>(task_.key, block);
-    call_.map().backward(head.z, gradient, block.position, count, h, ck,
-                         {task_.key.data ? dx.at : nullptr, s.key_bias_sum, key_streamed_});
+    if (!ends_here) return;
+    if (turns && !task_.key_weight) return call_.finish_head(h, head.z, block, gradient, start, factor, to);
+    call_.map_backward(h, head.z, block, gradient, to);
   }
 
   /// dkey_weight from the gradient before the shares, which it takes on here.

@@ -117,6 +117,27 @@ void map_head_backward(const T* z, const T* gradient, const i64* position, int c
   }
 }
 
+/// turn_head back and map_head_backward in one, for heads of whole vectors and a table of T: dx from the
+/// derivative by the rotated features; start[d] * factor[t] is added to that by the unrotated ones.
+template <FeatureMap kMap, class X, class T>
+void turn_back_and_map_head(const T* z, const T* gradient, const HeadTable& at, int count, i64 head,
+                            Channels c, const T* start, const T* factor, const HeadGradient<X, T>& to) {
+  const Vec<T> signs = -pair_signs<T>(LaneNumbers<T>{});
+  const T* table = elements_of<T>(at.table) + at.first;
+  for (int t = 0; t < count; ++t, z += c.padded, gradient += c.padded) {
+    const T* row = table + at.position[t] * at.row_elements;
+    const Vec<T> f = broadcast(factor[t]);
+    X* dx = to.dx ? to.dx[t] + head * c.dim : nullptr;
+    T* sum = to.bias_sum ? to.bias_sum + at.position[t] * c.padded_count() + head * c.padded : nullptr;
+    for (i64 d = 0; d < c.padded; d += kLanes<T>) {
+      Vec<T> value = fma(load(start + d), f, turn_pairs<T>(load(gradient + d), load(row + d), signs));
+      if constexpr (kMap != FeatureMap::kNone) value = value * slope_at<kMap>(load(z + d));
+      if (sum) store(sum + d, load(sum + d) + value);
+      if (dx) store_part<true>(dx + d, value, c.dim - d, to.streamed);
+    }
+  }
+}
+
 /// The functions of one map of single numbers.
 template <class X, class T>
 struct HeadMap {
@@ -126,18 +147,21 @@ struct HeadMap {
                             i64 head, Channels c, T* z);
   void (*backward)(const T* z, const T* gradient, const i64* position, int count, i64 head, Channels c,
                    const HeadGradient<X, T>& to);
-  /// Null where heads are not of whole vectors.
+  /// Both null where heads are not of whole vectors.
   void (*forward_and_turn)(const X* const* rows, const HeadTable& at, int count, i64 head, Channels c, T* z,
                            T* turned);
+  void (*turn_and_backward)(const T* z, const T* gradient, const HeadTable& at, int count, i64 head,
+                            Channels c, const T* start, const T* factor, const HeadGradient<X, T>& to);
 
   template <FeatureMap kMap>
   static HeadMap make(Channels c) {
     if (c.dim == c.padded) {
       return {&map_head<kMap, false, true, X, T>, &map_head<kMap, true, false, X, T>,
-              &map_head_backward<kMap, true, X, T>, &map_and_turn_head<kMap, X, T>};
+              &map_head_backward<kMap, true, X, T>, &map_and_turn_head<kMap, X, T>,
+              &turn_back_and_map_head<kMap, X, T>};
     }
     return {&map_head<kMap, false, false, X, T>, &map_head<kMap, true, false, X, T>,
-            &map_head_backward<kMap, false, X, T>, nullptr};
+            &map_head_backward<kMap, false, X, T>, nullptr, nullptr};
   }
   static HeadMap select(FeatureMap map, Channels c) {
     if (map == FeatureMap::kElu) return make<FeatureMap::kElu>(c);
@@ -177,6 +201,15 @@ void turn_head(const T* from, const HeadTable& at, int count, Channels c, bool b
   });
 }
 
+/// rows[t] += factor[t] * x, for the rows of one head of a block.
+template <class T>
+void add_multiples(const T* x, const T* factor, int count, i64 padded, T* rows) {
+  for (int t = 0; t < count; ++t, rows += padded) {
+    const Vec<T> f = broadcast(factor[t]);
+    for (i64 d = 0; d < padded; d += kLanes<T>) store(rows + d, fma(load(x + d), f, load(rows + d)));
+  }
+}
+
 /// act(gate) and, in `slope`, its derivative.
 template <GateActivation kActivation, class V>
 FLATTEN_INLINE V activate(V gate, V& slope) {
@@ -210,21 +243,76 @@ void gate_head(const T* h, const X* const* gate, int count, i64 head, Channels c
   }
 }
 
-/// dh = act(gate) grad_out of one head of a block, in rows of `padded` elements, and, unless `grad_gate` is
-/// null, dgate = act'(gate) grad_out h.
+/// Where the derivative by one head's ungated output goes: times factor[t] to rows of `padded` elements and,
+/// unless `kept` is null, as it is to rows of the head's own.
+template <class T>
+struct UngatedGradient {
+  const T* factor;
+  T* scaled;
+  T* const* kept;
+};
+
+/// act(gate) grad_out of one head of a block and, unless `grad_gate` is null, dgate = act'(gate) grad_out h.
 template <GateActivation kActivation, bool kWhole, class X, class T>
 void gate_head_backward(const T* h, const X* const* gate, const X* const* grad_out, int count, i64 head,
-                        Channels c, T* dh, X* const* grad_gate) {
-  for (int t = 0; t < count; ++t, h += c.padded, dh += c.padded) {
+                        Channels c, const UngatedGradient<T>& to, X* const* grad_gate) {
+  T* scaled = to.scaled;
+  for (int t = 0; t < count; ++t, h += c.padded, scaled += c.padded) {
     const X *g = gate[t] + head * c.dim, *go = grad_out[t] + head * c.dim;
-    X* to = grad_gate ? grad_gate[t] + head * c.dim : nullptr;
+    X* dg = grad_gate ? grad_gate[t] + head * c.dim : nullptr;
+    const Vec<T> factor = broadcast(to.factor[t]);
     for (i64 d = 0; d < c.padded; d += kLanes<T>) {
       Vec<T> slope;
       const Vec<T> gradient = load_part<kWhole>(go + d, c.dim - d);
-      store(dh + d, gradient * activate<kActivation>(load_part<kWhole>(g + d, c.dim - d), slope));
-      if (to) store_part<kWhole>(to + d, gradient * slope * load(h + d), c.dim - d, false);
+      const Vec<T> ungated = gradient * activate<kActivation>(load_part<kWhole>(g + d, c.dim - d), slope);
+      store(scaled + d, ungated * factor);
+      if (to.kept) store_part<kWhole>(to.kept[t] + d, ungated, c.dim - d, false);
+      if (dg) store_part<kWhole>(dg + d, gradient * slope * load(h + d), c.dim - d, false);
     }
   }
+}
+
+/// act(gate) and, in `ratio`, act'(gate) / act(gate); `inverse` becomes 1 / gate where the ratio has it.
+template <GateActivation kActivation, class V>
+FLATTEN_INLINE V activate_with_ratio(V gate, V& ratio, V& inverse) {
+  if constexpr (kActivation == GateActivation::kSigmoid) {
+    inverse = V{};
+    return sigmoid(gate, ratio);
+  } else {
+    ratio = inverse = reciprocal(gate);
+    if constexpr (kActivation == GateActivation::kNone) return gate;
+    V rest;
+    const V s = sigmoid(gate, rest);
+    ratio = inverse + rest;
+    return gate * s;
+  }
+}
+
+/// gate_head_backward from the output in place of h: act' h = out act' / act. Returns whether that is right:
+/// not where a gate is nearly 0, very large, or NaN, or the output overflows. For heads of whole vectors.
+template <GateActivation kActivation, class X, class T>
+bool gate_head_backward_from_output(const X* const* out, const X* const* gate, const X* const* grad_out,
+                                    int count, i64 head, Channels c, const UngatedGradient<T>& to,
+                                    X* const* grad_gate) {
+  constexpr T kMost = T(1e12);  // of the squares of gates and of their inverses
+  Vec<T> gates{}, outputs{};    // sums of squares, where NaN and infinity stay
+  T* scaled = to.scaled;
+  for (int t = 0; t < count; ++t, scaled += c.padded) {
+    const i64 first = head * c.dim;
+    const Vec<T> factor = broadcast(to.factor[t]);
+    for (i64 d = 0; d < c.padded; d += kLanes<T>) {
+      Vec<T> ratio, inverse;
+      const Vec<T> g = load(gate[t] + first + d), o = load(out[t] + first + d);
+      const Vec<T> gradient = load(grad_out[t] + first + d);
+      const Vec<T> ungated = gradient * activate_with_ratio<kActivation>(g, ratio, inverse);
+      gates = fma(g, g, fma(inverse, inverse, gates));
+      outputs = fma(o, o, outputs);
+      store(scaled + d, ungated * factor);
+      if (to.kept) store(to.kept[t] + d, ungated);
+      store(grad_gate[t] + first + d, gradient * o * ratio);
+    }
+  }
+  return sum(gates) < kMost && sum(outputs) - sum(outputs) == 0;
 }
 
 /// The functions of one activation.
@@ -233,13 +321,19 @@ struct Gate {
   void (*forward)(const T* h, const X* const* gate, int count, i64 head, Channels c, X* const* out,
                   bool streamed);
   void (*backward)(const T* h, const X* const* gate, const X* const* grad_out, int count, i64 head,
-                   Channels c, T* dh, X* const* grad_gate);
+                   Channels c, const UngatedGradient<T>& to, X* const* grad_gate);
+  /// Null where heads are not of whole vectors, and in half precision, which would round h twice.
+  bool (*backward_from_output)(const X* const* out, const X* const* gate, const X* const* grad_out, int count,
+                               i64 head, Channels c, const UngatedGradient<T>& to, X* const* grad_gate);
 
   template <GateActivation kActivation>
   static Gate make(Channels c) {
-    if (c.dim == c.padded)
-      return {&gate_head<kActivation, true, X, T>, &gate_head_backward<kActivation, true, X, T>};
-    return {&gate_head<kActivation, false, X, T>, &gate_head_backward<kActivation, false, X, T>};
+    if (c.dim != c.padded)
+      return {&gate_head<kActivation, false, X, T>, &gate_head_backward<kActivation, false, X, T>, nullptr};
+    Gate gate{&gate_head<kActivation, true, X, T>, &gate_head_backward<kActivation, true, X, T>, nullptr};
+    if constexpr (std::is_same_v<X, T>)
+      gate.backward_from_output = &gate_head_backward_from_output<kActivation, X, T>;
+    return gate;
   }
   static Gate select(GateActivation activation, Channels c) {
     if (activation == GateActivation::kSilu) return make<GateActivation::kSilu>(c);

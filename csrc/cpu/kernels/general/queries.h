@@ -5,15 +5,6 @@
 
 namespace flatten::cpu::FLATTEN_ISA {
 
-/// rows[t] += factor[t] * x, for the rows of one head of a block.
-template <class T>
-void add_multiples(const T* x, const T* factor, int count, i64 padded, T* rows) {
-  for (int t = 0; t < count; ++t, rows += padded) {
-    const Vec<T> f = broadcast(factor[t]);
-    for (i64 d = 0; d < padded; d += kLanes<T>) store(rows + d, fma(load(x + d), f, load(rows + d)));
-  }
-}
-
 /// The taps of a call's values, forward: weights, bias and the rows they read.
 template <class X>
 class ValueTaps {

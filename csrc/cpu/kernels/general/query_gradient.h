@@ -13,11 +13,14 @@ namespace flatten::cpu::FLATTEN_ISA {
 /// What the query pass of a call has to compute, and from what.
 struct QueryTask {
   Tokens grad_out;
+  Tokens out;                         // of the forward, from which dgate follows without it; or null
   MutableTokens query, normal, gate;  // gradients, each may be null
   bool scale = false;                 // whether that of scale is wanted
   bool sums = false;                  // whether dS, dm and du are
   bool needs_rows() const { return query.data || normal.data || scale; }
   bool needs_attention() const { return needs_rows() || sums; }
+  /// Whether the ungated output is computed again for dgate in every tile, or only where it has to be.
+  bool recomputes() const { return gate.data && !out.data; }
 };
 
 template <class X>
@@ -30,7 +33,8 @@ class QueryGradients {
   QueryGradients(const Call& call, const Forward& forward, const QueryTask& task)
       : call_(call),
         forward_(forward),
-        task_(task),
+        task_(of_call(task, forward)),
+        scales_at_once_(!call.normalizing.reads_u() && task.needs_attention()),
         streamed_(is_streamed<X>(task.query, call.geometry, call.geometry.queries)) {}
 
   struct Scratch {
@@ -60,7 +64,7 @@ class QueryGradients {
     Block blocks[2];  // the one at hand and the next, by turns
     Upcoming upcoming;
     if (task_.needs_attention()) call_.transpose_matrices(s.forward.sums.s, s.transposed);
-    if (task_.gate.data) forward_.begin_window(image, s.forward);
+    if (task_.recomputes()) forward_.begin_window(image, s.forward);
     if (begin < end)
       fill_tile(call_.queries, blocks[0], image, window, tile_at(call_.queries, tiling, begin));
     const bool chained = end - begin > kChainBlocks;
@@ -72,12 +76,12 @@ class QueryGradients {
       Block& next = blocks[turn ^ 1];
       const Tile tile = tile_at(call_.queries, tiling, index);
       upcoming.plan(call_.ck.heads * (2 * call_.products.steps(block.count) +
-                                      (task_.gate.data ? forward_.tap_steps(tile) : 0)));
+                                      (task_.recomputes() ? forward_.tap_steps(tile) : 0)));
       if (index + 1 < end) {
         const Tile next_tile = tile_at(call_.queries, tiling, index + 1);
         fill_tile(call_.queries, next, image, window, next_tile);
         expect(next, upcoming);
-        if (task_.gate.data) forward_.expect_ring(image, window, next_tile, upcoming);
+        if (task_.recomputes()) forward_.expect_ring(image, window, next_tile, upcoming);
       } else {
         expect_next(upcoming);
       }
@@ -95,6 +99,7 @@ class QueryGradients {
     forward_.expect(block, task_.query.data && !streamed_ ? &task_.query : nullptr, upcoming);
     upcoming.add<X>(task_.grad_out, block, call_.cv.count());
     if (task_.gate.data) upcoming.add<X>(task_.gate, block, call_.cv.count());
+    if (task_.out.data) upcoming.add<X>(task_.out, block, call_.cv.count());
   }
   void expect(i64 pair, i64 index, Upcoming& upcoming) const {
     Block block;
@@ -103,37 +108,39 @@ class QueryGradients {
   }
 
  private:
+  /// Without an output that nobody reads.
+  static QueryTask of_call(QueryTask task, const Forward& forward) {
+    if (!task.gate.data || !forward.gate().backward_from_output) task.out.data = nullptr;
+    return task;
+  }
+
   void run_tile(const Block& block, i64 window, const Tile& tile, Scratch& s, const GeneralSums<T>& into,
                 Upcoming& upcoming) const {
     const General& general = call_.general;
-    const Channels ck = call_.ck, cv = call_.cv;
-    const bool has_taps = task_.gate.data && call_.in.taps && !tile.is_prefix;
+    const Channels ck = call_.ck;
     const bool attends = task_.needs_attention() || task_.gate.data;
     const Rows<const X> query = rows_of<X>(call_.in.query, block),
                         grad_out = rows_of<X>(task_.grad_out, block);
-    Rows<const X> normal, gate;
-    const Rows<X> grad_gate = rows_of<X>(task_.gate, block);
+    Rows<const X> normal;
     if (general.normalizer_query.data) normal = rows_of<X>(general.normalizer_query, block);
-    if (general.gate.data) gate = rows_of<X>(general.gate, block);
     if (attends) call_.begin_queries(query, block, s.forward.focus, s.forward.features);
-    if (has_taps) s.forward.ring.begin_tile(call_.in.value, call_.queries, block.image, window, tile);
+    GatedTile gated(*this, block, window, tile, grad_out, s);
     T dot[kBlock] = {};
     for (i64 h = 0; h < ck.heads; ++h) {
       Head<T> head{};
       if (attends)
         head = forward_.begin_head(h, query, general.normalizer_query.data ? &normal : nullptr, block,
                                    s.forward);
-      if (task_.gate.data) {
-        forward_.attend_head(h, head, block.count, s.forward, upcoming);
-        if (has_taps) forward_.add_taps(h, tile, s.forward, upcoming);
-      }
       if (general.gate.data) {
-        forward_.gate().backward(s.forward.attended, gate.at, grad_out.at, block.count, h, cv, s.g,
-                                 task_.gate.data ? grad_gate.at : nullptr);
+        gated.run(h, head, upcoming);
       } else {
-        pack_head(grad_out, block.count, h, cv, call_.ones(), s.g);
+        const T* a = scales_at_once_ ? s.forward.coefficients.a : call_.ones();
+        pack_head(grad_out, block.count, h, call_.cv, s.g_of_image ? call_.ones() : a, s.g);
+        if (s.g_of_image) {
+          keep(h, block, s);
+          if (scales_at_once_) scale_rows(a, block.count, call_.cv.padded, s.g);
+        }
       }
-      if (s.g_of_image) keep(h, block, s);
       if (task_.needs_attention()) differentiate(h, head, block, s, into, dot, upcoming);
     }
     if (!call_.focused || !(task_.query.data || task_.scale)) return;
@@ -150,6 +157,58 @@ class QueryGradients {
                                  s.forward.features.norms, dot, to);
   }
 
+  /// The gate's part of a tile: g of its heads, times a where scales_at_once_, and dgate.
+  struct GatedTile {
+    GatedTile(const QueryGradients& of, const Block& block, i64 window, const Tile& tile,
+              const Rows<const X>& grad_out, Scratch& s)
+        : of_(of), block_(block), window_(window), tile_(tile), grad_out_(grad_out), s_(s) {
+      if (!of.call_.general.gate.data) return;
+      gate_ = rows_of<X>(of.call_.general.gate, block);
+      grad_gate_ = rows_of<X>(of.task_.gate, block);
+      if (of.task_.out.data) out_ = rows_of<X>(of.task_.out, block);
+      if (of.task_.recomputes()) begin();
+    }
+    void run(i64 h, const Head<T>& head, Upcoming& upcoming) {
+      const Channels cv = of_.call_.cv;
+      const Gate<X, T>& gate = of_.forward_.gate();
+      T* kept[kBlock];
+      for (int t = 0; s_.g_of_image && t < block_.count; ++t)
+        kept[t] = s_.g_of_image + block_.token[t] * cv.count() + h * cv.dim;
+      const UngatedGradient<T> to{of_.scales_at_once_ ? s_.forward.coefficients.a : of_.call_.ones(), s_.g,
+                                  s_.g_of_image ? kept : nullptr};
+      if (of_.task_.out.data &&
+          gate.backward_from_output(out_.at, gate_.at, grad_out_.at, block_.count, h, cv, to, grad_gate_.at))
+        return;
+      if (of_.task_.gate.data) {
+        if (!began_) of_.forward_.begin_window(block_.image, s_.forward);
+        if (!began_) begin();
+        of_.forward_.attend_head(h, head, block_.count, s_.forward, upcoming);
+        if (has_taps()) of_.forward_.add_taps(h, tile_, s_.forward, upcoming);
+      }
+      gate.backward(s_.forward.attended, gate_.at, grad_out_.at, block_.count, h, cv, to,
+                    of_.task_.gate.data ? grad_gate_.at : nullptr);
+    }
+
+   private:
+    bool has_taps() const { return of_.call_.in.taps && !tile_.is_prefix; }
+    /// Before the first head whose ungated output is computed again.
+    void begin() {
+      began_ = true;
+      if (has_taps())
+        s_.forward.ring.begin_tile(of_.call_.in.value, of_.call_.queries, block_.image, window_, tile_);
+    }
+
+    const QueryGradients& of_;
+    const Block& block_;
+    i64 window_;
+    const Tile& tile_;
+    const Rows<const X>& grad_out_;
+    Scratch& s_;
+    Rows<const X> gate_, out_;
+    Rows<X> grad_gate_;
+    bool began_ = false;
+  };
+
   /// One head of a tile, from its features and g.
   void differentiate(i64 h, const Head<T>& head, const Block& block, Scratch& s, const GeneralSums<T>& into,
                      T* dot, Upcoming& upcoming) const {
@@ -162,14 +221,16 @@ class QueryGradients {
     if (s.forward.empty[h]) {
       set_zero(gradient, count * ck.padded);
       if (task_.normal.data) write_multiples(h, m, k.means, block);  // zeros
-      return write_rows(h, head, block, gradient);
+      if (call_.focused || !task_.query.data) return;
+      const Rows<X> dx = rows_of<X>(task_.query, block);
+      return call_.map_backward(h, head.z, block, gradient, {dx.at, nullptr, streamed_});
     }
     T gu[kBlock], qp[kBlock];
     if (call_.normalizing.reads_u()) {
       row_dots(s.g, sums.u + h * cv.padded, count, cv.padded, gu);
       if (task_.sums) add_weighted_rows(s.g, k.b, count, cv.padded, into.u + h * cv.padded);
     }
-    scale_rows(k.a, count, cv.padded, s.g);
+    if (!scales_at_once_) scale_rows(k.a, count, cv.padded, s.g);
     call_.products.to_keys(count, s.g, s.transposed + h * cv.dim * ck.padded, nullptr, call_.ones(), gradient,
                            upcoming);
     sum_rows<T>(count, qp, [&](int t) FLATTEN_INLINED {
@@ -186,21 +247,11 @@ class QueryGradients {
     const bool has_normal = call_.general.normalizer_query.data != nullptr;
     if (has_normal && task_.normal.data) write_multiples(h, m, k.means, block);
     const T* start = has_normal || !call_.normalizing.reads_m() ? nullptr : m;
-    if (call_.general.rotation) {
-      call_.turn_back(h, block, gradient, start, k.means);
-    } else if (start) {
-      add_multiples(start, k.means, count, ck.padded, gradient);
-    }
-    write_rows(h, head, block, gradient);
+    if (call_.focused || !task_.query.data) return call_.finish_features(h, block, gradient, start, k.means);
+    const Rows<X> dx = rows_of<X>(task_.query, block);
+    call_.finish_head(h, head.z, block, gradient, start, k.means, {dx.at, nullptr, streamed_});
   }
 
-  /// dq of one head, but for focused features, whose rows are finished when all heads are.
-  void write_rows(i64 h, const Head<T>& head, const Block& block, const T* gradient) const {
-    if (call_.focused || !task_.query.data) return;
-    const Rows<X> dx = rows_of<X>(task_.query, block);
-    call_.map().backward(head.z, gradient, block.position, block.count, h, call_.ck,
-                         {dx.at, nullptr, streamed_});
-  }
   bool all_empty(const typename Forward::Scratch& s) const {
     bool all = true;
     for (i64 h = 0; h < call_.ck.heads; ++h) all &= s.empty[h];
@@ -231,6 +282,7 @@ class QueryGradients {
   const Call& call_;
   const Forward& forward_;
   QueryTask task_;
+  bool scales_at_once_;  // g is multiplied by a where it is formed: nobody reads it without
   bool streamed_;
 };
 

@@ -214,6 +214,7 @@ class FromStateKernel {
 
   void backward(const FromStateBackward& p, const Parallel& parallel) const {
     const QueryTask task{p.grad_out,
+                         {},
                          p.grad_query,
                          p.grad_normalizer_query,
                          p.grad_gate,
