@@ -21,9 +21,9 @@ from .arguments import Arguments, Signature
 
 _ops = torch.ops.flatten
 
-# What is saved for backward beside q, k and v may add a twentieth of their memory; S and m of windows beyond
-# it are computed again.
-_STATE_SHARE = 20
+# What is saved for backward beside q, k and v may add a twentieth of their memory, on CUDA a sixteenth, which
+# holds PVT's second stage; S and m of windows beyond it are computed again.
+_STATE_SHARE, _CUDA_STATE_SHARE = 20, 16
 
 
 def signature(name: str) -> Signature:
@@ -198,7 +198,7 @@ def count_saved_windows(q: Tensor, k: Tensor, num_heads: int, window: Sequence[i
     head_dim, windows = q_shape[2] // num_heads, count_windows(q, window)
     keys = k_shape[1] if window is None else window[0] * window[1]
     budget = 3 * keys * size
-    each = _STATE_SHARE * (head_dim + 1) * max(size, 4)
+    each = (_CUDA_STATE_SHARE if q.is_cuda else _STATE_SHARE) * (head_dim + 1) * max(size, 4)
     least = min if type(windows * keys * head_dim) is int else torch.sym_min  # min would ask
     if q.is_cuda:
         return windows * least(1, budget // each)

@@ -49,6 +49,20 @@ cudaError_t launch_conv_of(const ConvCall& call, Dtype dtype, cudaStream_t strea
 
 }  // namespace
 
+/// How many threads share the sum over pairs, a power of two: each is to have eight loads on their way, or,
+/// where a device would have too few threads, at least one.
+static int stripes_of(const ParameterCall& call) {
+  constexpr std::int64_t kLoads = 8, kThreadsOfDevice = 1 << 16;
+  const std::int64_t fours = static_cast<std::int64_t>(call.keys) * call.plan.channels / 4;
+  int stripes = 1;
+  while (stripes < 16) {
+    const std::int64_t least = fours * stripes < kThreadsOfDevice ? 1 : kLoads;
+    if (call.pairs < 2 * stripes * least) break;
+    stripes *= 2;
+  }
+  return stripes;
+}
+
 ParameterSums::ParameterSums(const AttentionBackward& params, const Plan& plan, std::int64_t scale_rows,
                              std::int64_t tap_rows, const Device& device)
     : dtype(params.dtype) {
@@ -66,9 +80,7 @@ ParameterSums::ParameterSums(const AttentionBackward& params, const Plan& plan, 
   if (params.grad_scale) parameters.scale_rows = scale_rows;
   parameters.grad_key = {params.grad_key.data, params.grad_key.batch_stride, params.grad_key.token_stride};
   parameters.keys = static_cast<int>(g.window_keys());
-  // Enough threads for a device even so; else the sum over pairs is shared by threads too.
-  parameters.key_bias_by_four =
-      plan.vector && plan.channels % 4 == 0 && g.window_keys() * g.channels() >= 4 * 16384;
+  if (plan.vector && plan.channels % 4 == 0) parameters.key_bias_stripes = stripes_of(parameters);
   parameters.taps = static_cast<int>(params.taps.kernel_h * params.taps.kernel_w);
   parameters.per_channel = params.taps.per_channel;
   parameters.taps_chunks = taps.chunks;

@@ -26,7 +26,7 @@ __device__ A sum_rows(std::int64_t rows, bool active, F&& value) {
   return total;
 }
 
-/// Blocks of 32 outputs each, but key_bias's may be larger, in this order.
+/// Blocks of 32 outputs each, but key_bias's are larger by four or more, in this order.
 struct ParameterBlocks {
   std::int64_t scale = 0, key_bias = 0, taps = 0;
 
@@ -36,8 +36,8 @@ struct ParameterBlocks {
     if (call.grad_scale.data) scale = blocks(call.plan.channels);
     if (call.grad_key_bias.data) {
       const std::int64_t outputs = static_cast<std::int64_t>(call.keys) * call.plan.channels;
-      constexpr std::int64_t four = 4 * kSumColumns * kSumStripes;
-      key_bias = call.key_bias_by_four ? (outputs + four - 1) / four : blocks(outputs);
+      const int by_four = 4 * kSumColumns * kSumStripes / (call.key_bias_stripes ? call.key_bias_stripes : 1);
+      key_bias = call.key_bias_stripes ? (outputs + by_four - 1) / by_four : blocks(outputs);
     }
     if (call.grad_weight.data || call.grad_bias.data) {
       taps = blocks(static_cast<std::int64_t>(call.taps + 1) * kernels);
@@ -46,26 +46,50 @@ struct ParameterBlocks {
   __host__ __device__ std::int64_t total() const { return scale + key_bias + taps; }
 };
 
-/// key_bias's gradient at four adjacent channels, over images and windows in order.
+/// key_bias's gradient at four adjacent channels a thread. Stripe y of the block's `key_bias_stripes` takes
+/// the pairs y, y + stripes, ..; the stripes are added in order.
 template <class T>
 __device__ void sum_four_of_key_bias(const ParameterCall& call, std::int64_t block) {
   using A = Acc<T>;
+  __shared__ A sums[kSumStripes][4][kSumColumns];
   const Plan& plan = call.plan;
-  const std::int64_t output = ((block * kSumStripes + threadIdx.y) * kSumColumns + threadIdx.x) * 4;
-  if (output >= static_cast<std::int64_t>(call.keys) * plan.channels) return;
-  const int local = static_cast<int>(output / plan.channels),
-            channel = static_cast<int>(output % plan.channels);
-  const std::int64_t images = call.pairs / plan.windows;
+  const int stripes = call.key_bias_stripes, group = threadIdx.y / stripes, stripe = threadIdx.y % stripes;
+  const std::int64_t outputs = static_cast<std::int64_t>(call.keys) * plan.channels;
+  const std::int64_t output = ((block * (kSumStripes / stripes) + group) * kSumColumns + threadIdx.x) * 4;
   A total[4] = {};
-  for (int window = 0; window < plan.windows; ++window) {
-    const T* from = reader<T>(call.grad_key, 0, true).row(plan.map.at(window, local)) + channel;
-#pragma unroll 8
-    for (std::int64_t image = 0; image < images; ++image) {
+  if (output < outputs) {
+    const int local = static_cast<int>(output / plan.channels),
+              channel = static_cast<int>(output % plan.channels);
+    const auto add = [&](const T* from) {
       A x[4];
-      load_pack<4>(from + image * call.grad_key.batch_stride, x);
+      load_pack<4>(from, x);
 #pragma unroll
       for (int c = 0; c < 4; ++c) total[c] += x[c];
+    };
+    const auto pixel = [&](int window) {
+      return reader<T>(call.grad_key, 0, true).row(plan.map.at(window, local)) + channel;
+    };
+    if (plan.windows == 1) {
+      const T* from = pixel(0);
+#pragma unroll 8
+      for (std::int64_t image = stripe; image < call.pairs; image += stripes) {
+        add(from + image * call.grad_key.batch_stride);
+      }
+    } else {
+#pragma unroll 8
+      for (int pair = stripe; pair < call.pairs; pair += stripes) {
+        const int image = pair / plan.windows;
+        add(pixel(pair - image * plan.windows) + image * call.grad_key.batch_stride);
+      }
     }
+  }
+#pragma unroll
+  for (int c = 0; c < 4; ++c) sums[threadIdx.y][c][threadIdx.x] = total[c];
+  __syncthreads();
+  if (stripe != 0 || output >= outputs) return;
+  for (int other = 1; other < stripes; ++other) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) total[c] += sums[threadIdx.y + other][c][threadIdx.x];
   }
 #pragma unroll
   for (int c = 0; c < 4; ++c) store_parameter<T>(call.grad_key_bias, output + c, total[c]);
@@ -88,7 +112,7 @@ __global__ void __launch_bounds__(kSumColumns* kSumStripes)
     return;
   }
   block -= blocks.scale;
-  if (block < blocks.key_bias && call.key_bias_by_four) return sum_four_of_key_bias<T>(call, block);
+  if (block < blocks.key_bias && call.key_bias_stripes) return sum_four_of_key_bias<T>(call, block);
   if (block < blocks.key_bias) {
     const bool active = output() < static_cast<std::int64_t>(call.keys) * plan.channels;
     const int local = static_cast<int>(output() / plan.channels);

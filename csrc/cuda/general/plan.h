@@ -156,7 +156,7 @@ struct ParameterCall {
   std::int64_t scale_rows = 0;
   Tokens grad_key;
   int keys = 0;
-  bool key_bias_by_four = false;        // a thread sums four channels of grad_key over all pairs
+  int key_bias_stripes = 0;  // so many threads share the sums over pairs of four channels; 0: of one channel
   const void* taps_partials = nullptr;  // (taps_chunks, taps and then the bias, taps_channels)
   int taps = 0, taps_chunks = 0, taps_channels = 0;
   bool per_channel = false;

@@ -38,21 +38,24 @@ struct Plan {
 
 Plan plan_of(const AttentionBackward& p, const Device& device, const Kernels& kernels) {
   const Geometry& g = p.geometry;
-  const int channels = static_cast<int>(g.channels());
+  const int channels = static_cast<int>(g.channels()), head_dim = static_cast<int>(g.head_dim);
   const int windows = static_cast<int>(g.batch * g.windows()), taps = taps_of(p);
   const WindowGrid map = grid_of(g);
   const WindowGrid keys = p.taps || !map.raster ? map : flat_grid(g.keys);
-  const auto fits = [&](int patches) {
-    return channels * patches <= kBackwardThreads &&
-           kernels.passes->key_shared(taps, channels, patches, p.taps.per_channel) <= device.shared_bytes;
-  };
   Plan plan{windows,
             taps,
             map,
             keys,
             0,
-            Chunks(static_cast<int>(g.window_queries()), windows, kBackwardThreads / channels, device),
-            Strips(keys, windows, device, fits)};
+            Chunks(static_cast<int>(g.window_queries()), windows, channels, window_state_elements(g),
+                   kBackwardThreads, of_head_dim(kQueryCosts, head_dim), device,
+                   [&](int groups) { return kernels.passes->query_shared(channels, groups); }),
+            Strips(
+                keys, windows, kBackwardThreads, of_head_dim(kKeyCosts, head_dim), device,
+                [&](int patches) { return channels * patches; },
+                [&](int patches) {
+                  return kernels.passes->key_shared(taps, channels, patches, p.taps.per_channel);
+                })};
   const std::int64_t tokens = std::max(g.window_queries(), g.window_keys());
   if (are_small_windows(tokens, windows) && taps != 7) {
     for (int groups = keys.window_w <= kPatchColumns ? 1 : kMaxPatches; groups > 0 && !plan.groups;
@@ -115,8 +118,8 @@ struct Backward {
   QueryGradientParams query;
   KeyGradientParams key;
   general::ParameterSums sums;
+  StateLaunch state_launch;  // where they are not saved:
   const float* saved_state;  // S and m as the forward left them, or null
-  float* state = nullptr;    // S and m, if they are not saved
   float* state_gradient = nullptr;
 
   /// The strips of keys, in each of which partial gradients of the taps are left.
@@ -138,6 +141,7 @@ struct Backward {
         query(query_params_of(p, plan)),
         key(key_params_of(p, plan)),
         sums(p, general::plan_of(p, device), scale_rows(plan), tap_rows(plan), device),
+        state_launch(p, device),
         saved_state(static_cast<const float*>(p.state)) {}
 
   std::int64_t state_size() const { return window_state_elements(inputs.geometry); }
@@ -145,8 +149,12 @@ struct Backward {
   /// Points the launches at the workspace.
   void place(Workspace& workspace) {
     const std::int64_t bytes = plan.windows * state_size() * std::int64_t{sizeof(float)};
-    if (!saved_state) state = workspace.take<float>(bytes);
-    query.state = saved_state ? saved_state : state;
+    query.state = saved_state;
+    if (!saved_state) {
+      float* state = workspace.take<float>(bytes);
+      query.state = state;
+      state_launch.place(state, workspace);
+    }
     if (!plan.groups) {
       state_gradient = workspace.take<float>(bytes);
       const int chunks = plan.chunks.chunks;
@@ -162,7 +170,7 @@ struct Backward {
   }
 
   cudaError_t launch(cudaStream_t stream) const {
-    cudaError_t error = saved_state ? cudaSuccess : launch_state(inputs, state, device, stream);
+    cudaError_t error = saved_state ? cudaSuccess : state_launch.launch(stream);
     if (error == cudaSuccess) error = plan.groups ? launch_window(stream) : launch_passes(stream);
     return error == cudaSuccess ? sums.launch(stream) : error;
   }
@@ -214,6 +222,7 @@ Call choose_all_heads(const AttentionBackward& p, const Device& device) {
     }
   }
   Backward backward(p, device, kernels, plan);
+  if (!p.state && backward.state_launch.shared_bytes() > device.shared_bytes) return refuse(kTooMuchShared);
   Workspace measured;
   backward.place(measured);
   return {plan.groups ? "tensorcore::backward_window" : "tensorcore::backward_query, backward_key", nullptr,

@@ -89,8 +89,9 @@ class FeatureMap {
     Norms norms;
     bool safe = false;
     if constexpr (kByTensorCores) {
-      norms = focus_.exchange(
-          cube(tile, [&](int s, int r, int w, float, float, uint32_t packed) { words[s][r][w] = packed; }));
+      norms = focus_.exchange(cube(tile, NoBias{}, [&](int s, int r, int w, float, float, uint32_t packed) {
+        words[s][r][w] = packed;
+      }));
       safe = Map::safe(norms);
     }
     if (!safe) norms = focus_.pack(tile, NoBias{}, pack);
@@ -99,19 +100,20 @@ class FeatureMap {
 
   /// Makes K: words = phi, in fp16 times the running scale, and 0 for tokens that are not there (`present` is
   /// for the lane's own token, g + 8t). Returns the factor by which earlier sums are to be multiplied.
-  __device__ __forceinline__ float keys(Words<1>& words, const LaneBias& bias, bool present,
-                                        RunningScale& scale, uint32_t tile) const {
+  /// Bias: LaneBias or BiasTile.
+  template <typename Bias>
+  __device__ __forceinline__ float keys(Words<1>& words, const Bias& bias, bool present, RunningScale& scale,
+                                        uint32_t tile) const {
     static_assert(kSlices == 1);
     Powers y;
     Norms norms;
     bool safe = false;
     if constexpr (kByTensorCores) {
-      if (!bias.bias.data) {
-        norms = focus_.exchange(cube(tile, [&](int s, int r, int w, float low, float high, uint32_t) {
-          y[s][r][2 * w] = low, y[s][r][2 * w + 1] = high;
-        }));
-        safe = Map::safe(norms);
-      }
+      const auto take = [&](int s, int r, int w, float low, float high, uint32_t) {
+        y[s][r][2 * w] = low, y[s][r][2 * w + 1] = high;
+      };
+      norms = focus_.exchange(bias.bias.data ? cube(tile, bias, take) : cube(tile, NoBias{}, take));
+      safe = Map::safe(norms);
     }
     if (!safe) {
       norms = focus_.pack(tile, bias, [&](const Powers& powers) {
@@ -146,29 +148,53 @@ class FeatureMap {
   using Powers = typename Map::Powers;
 
   /// take(s, r, w, low, high, packed): y^3 of two channels. Returns |y|^2 and |y^3|^2 of the lane's own token
-  /// over the warp's channels.
-  template <typename Take>
-  __device__ __forceinline__ float2 cube(uint32_t tile, Take take) const {
+  /// over the warp's channels. With a positional encoding, which bf16 would round, y is computed in lanes.
+  template <typename Bias, typename Take>
+  __device__ __forceinline__ float2 cube(uint32_t tile, const Bias& bias, Take take) const {
+    constexpr bool kBiased = !std::is_same_v<Bias, NoBias>;
     // Columns 4i .. 4i + 3 belong to the tokens g + 16i and g + 16i + 8: the even ones hold |y|^2, the odd
     // ones |y^3|^2.
     float sums[4] = {};
     unrolled<kSlices>([&](auto s) {
-      uint32_t x[4][4], upper[4], lower[4];
+      uint32_t x[4][4];
+      [[maybe_unused]] uint32_t upper[4], lower[4];
+      [[maybe_unused]] float a[8];
       float b[8];
       unrolled<4>([&](auto r) { load_shared<Map::offset(s, r)>(x[r], tile); });
-      load_shared<0>(upper, diagonal_ + s * step_);
-      load_shared<16>(lower, diagonal_ + s * step_);
+      if constexpr (kBiased) {
+        load8(a, focus_.inverse_scale() + s * kSliceChannels);
+      } else {
+        load_shared<0>(upper, diagonal_ + s * step_);
+        load_shared<16>(lower, diagonal_ + s * step_);
+      }
       load_shared<s * kSliceChannels * 4>(b, offset_);
       load_shared<s * kSliceChannels * 4 + 16>(b + 4, offset_);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {  // tokens g + 16i and g + 16i + 8
         uint32_t squares[4][2], sixths[4][2];
+        [[maybe_unused]] float input[2][8];
+        if constexpr (kBiased) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const uint32_t (&row)[4] = x[2 * i + half];
+            unpack8<T>(input[half], {row[0], row[1], row[2], row[3]});
+            bias.template add<T>(input[half], s, 2 * i + half);
+          }
+        }
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
-          const float start[4] = {b[2 * w], b[2 * w + 1], b[2 * w], b[2 * w + 1]};
-          const uint32_t x0 = Pair<T>::relu(x[2 * i][w]), x1 = Pair<T>::relu(x[2 * i + 1][w]);
           float y[4];
-          mma<T>(y, x0, x1, x0, x1, upper[w], lower[w], start);
+          if constexpr (kBiased) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              const int c = 2 * w + e % 2;
+              y[e] = fmaf(relu(input[e / 2][c]), a[c], b[c]);
+            }
+          } else {
+            const float start[4] = {b[2 * w], b[2 * w + 1], b[2 * w], b[2 * w + 1]};
+            const uint32_t x0 = Pair<T>::relu(x[2 * i][w]), x1 = Pair<T>::relu(x[2 * i + 1][w]);
+            mma<T>(y, x0, x1, x0, x1, upper[w], lower[w], start);
+          }
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const float u = y[2 * half], v = y[2 * half + 1], uu = u * u, vv = v * v;

@@ -9,85 +9,10 @@
 // tokens; they exchange partial sums through shared memory.
 #pragma once
 
-#include "mma.cuh"
-#include "params.h"
+#include "../relu.cuh"
+#include "key_bias.cuh"
 
 namespace flatten::cuda::tensorcore {
-
-constexpr unsigned kAllLanes = 0xffffffffu;
-
-struct Lane {
-  int index = threadIdx.x % 32;
-  int g = index / 4;
-  int t = index % 4;
-  __device__ Lane() { keep(index), keep(g), keep(t); }
-};
-
-/// Element i of a parameter, as fp32.
-template <typename T>
-__device__ __forceinline__ float element(const Floats& floats, int64_t i) {
-  return floats.half ? static_cast<float>(static_cast<const T*>(floats.data)[i])
-                     : static_cast<const float*>(floats.data)[i];
-}
-
-__device__ __forceinline__ void load8(float (&x)[8], const float* from) {
-  const float4 low = reinterpret_cast<const float4*>(from)[0],
-               high = reinterpret_cast<const float4*>(from)[1];
-  x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
-  x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
-}
-
-template <typename T>
-__device__ __forceinline__ void unpack8(float (&y)[8], const uint4& raw) {
-  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-  for (int w = 0; w < 4; ++w) {
-    const float2 x = Pair<T>::unpack(words[w]);
-    y[2 * w] = x.x;
-    y[2 * w + 1] = x.y;
-  }
-}
-
-/// Adds eight numbers from `at` on, which is a multiple of 8.
-template <typename T>
-__device__ __forceinline__ void add8(float (&x)[8], const Floats& from, int64_t at) {
-  float addend[8];
-  if (from.half) {
-    unpack8<T>(addend, *reinterpret_cast<const uint4*>(static_cast<const T*>(from.data) + at));
-  } else {
-    load8(addend, static_cast<const float*>(from.data) + at);
-  }
-#pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] += addend[i];
-}
-
-/// The positional encoding of a tile's tokens, seen by one lane.
-struct LaneBias {
-  Floats bias;            // rows aligned to 16 bytes, or null
-  int channels, channel;  // channels of a row; the lane's first channel
-  int token, last;        // the lane's first token of the window; the window's last token
-  int step = 8;           // from one of the lane's tokens to the next
-  template <typename T>
-  __device__ __forceinline__ void add(float (&x)[8], int slice, int r) const {
-    if (!bias.data) return;
-    const int64_t row = min(token + step * r, last);
-    add8<T>(x, bias, row * channels + channel + slice * kSliceChannels);
-  }
-};
-struct NoBias {};
-
-/// The same for two channels 8t + i and 8t + i + 1 of token r.
-template <typename T>
-__device__ __forceinline__ float2 add_bias(float2 x, const LaneBias& bias, int slice, int r, int i) {
-  if (!bias.bias.data) return x;
-  const int64_t row = min(bias.token + bias.step * r, bias.last);
-  const int64_t at = row * bias.channels + bias.channel + slice * kSliceChannels + i;
-  return {x.x + element<T>(bias.bias, at), x.y + element<T>(bias.bias, at + 1)};
-}
-template <typename T>
-__device__ __forceinline__ float2 add_bias(float2 x, const NoBias&, int, int, int) {
-  return x;
-}
 
 /// `scale` of a lane's eight channels, as a and b in y = (relu(x) + eps) / scale = a relu(x) + b.
 struct LaneScale {
@@ -107,13 +32,6 @@ struct Norms {
 __device__ __forceinline__ float square_root(float x) {
   float y;
   asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-/// max(x, 0); fmaxf would make 0 of NaN.
-__device__ __forceinline__ float relu(float x) {
-  float y;
-  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
   return y;
 }
 
@@ -311,6 +229,8 @@ class Focus {
     }
   }
 
+  __device__ __forceinline__ const float* inverse_scale() const { return inverse_scale_; }
+
   /// The sums of squares of the lane's own token, over all warps of the group.
   __device__ __forceinline__ Norms exchange(float2 partial) const {
     const auto plus = [](float2 a, float2 b) { return float2{a.x + b.x, a.y + b.y}; };
@@ -352,7 +272,8 @@ class Focus {
         y, tile, [](float (&row)[8], const uint32_t (&x)[4]) { unpack8<T>(row, {x[0], x[1], x[2], x[3]}); });
   }
   /// y = relu(input + positional encoding), for the whole tile.
-  static __device__ __forceinline__ void load(Powers& y, uint32_t tile, const LaneBias& bias) {
+  template <typename Bias>
+  static __device__ __forceinline__ void load(Powers& y, uint32_t tile, const Bias& bias) {
     if (!bias.bias.data) return load(y, tile, NoBias{});
     load(y, tile);
 #pragma unroll

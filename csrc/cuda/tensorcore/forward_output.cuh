@@ -74,10 +74,11 @@ __device__ __forceinline__ float scale_of_state(const float* s, const float* m, 
 }
 
 /// Packs a warp's S and m, times `scale`, into B fragments; a lane's own vectors lie 32 vectors apart. Word w
-/// of lane (g, t) holds rows 8t + 2w and 8t + 2w + 1 of column g.
+/// of lane (g, t) holds rows 8t + 2w and 8t + 2w + 1 of column g. The warps of the same channels, `part` of
+/// `parts`, share the work.
 template <typename T, int kHeadDim, int kTaps>
 __device__ __forceinline__ void pack_state(uint4* fragments, const float* s, const float* m, float scale,
-                                           const Lane& lane) {
+                                           const Lane& lane, int part, int parts) {
   using Traits = OutputTraits<T, kHeadDim, kTaps>;
   const auto pack = [&](const float (&v)[8]) {
     return make_uint4(Pair<T>::pack(v[0] * scale, v[1] * scale), Pair<T>::pack(v[2] * scale, v[3] * scale),
@@ -88,7 +89,7 @@ __device__ __forceinline__ void pack_state(uint4* fragments, const float* s, con
     const int row = slice * kSliceChannels + 8 * lane.t;
     const float* from = s + row * kHeadDim + lane.g;
 #pragma unroll 4
-    for (int b = 0; b < Traits::kBlocks; ++b) {
+    for (int b = part; b < Traits::kBlocks; b += parts) {
       float v[8] = {};
       if (kHeadDim > 16 || lane.t / 2 == b / 2) {
 #pragma unroll
@@ -96,17 +97,18 @@ __device__ __forceinline__ void pack_state(uint4* fragments, const float* s, con
       }
       fragments[(b * Traits::kSlices + slice) * 32] = pack(v);
     }
-    float means[8], parts[8];
+    if (part != 0) continue;
+    float means[8], split[8];
     load8(means, m + row);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const float upper = Pair<T>::unpack(Pair<T>::pack(means[i] * scale, 0.0f)).x / scale;
-      parts[i] = lane.g % 2 ? means[i] - upper : upper;
+      split[i] = lane.g % 2 ? means[i] - upper : upper;
     }
 #pragma unroll
     for (int head = 0; head < Traits::kHeads; ++head) {
       const bool own = kHeadDim > 16 || lane.t / 2 == head;
-      fragments[((Traits::kBlocks + head) * Traits::kSlices + slice) * 32] = own ? pack(parts) : uint4{};
+      fragments[((Traits::kBlocks + head) * Traits::kSlices + slice) * 32] = own ? pack(split) : uint4{};
     }
   }
 }
@@ -271,9 +273,8 @@ __global__ void __launch_bounds__(max_threads(kHeadDim, kTaps), 1)
   const float* s = window_state + warp_channel * kHeadDim;
   const float* m = window_state + channels * kHeadDim + warp_channel;
   const float state_scale = scale_of_state<T, Traits::kWarpChannels, kHeadDim>(s, m, lane.index);
-  if (patch == 0) {
-    pack_state<T, kHeadDim, kTaps>(reinterpret_cast<uint4*>(fragments), s, m, state_scale, lane);
-  }
+  pack_state<T, kHeadDim, kTaps>(reinterpret_cast<uint4*>(fragments), s, m, state_scale, lane, patch,
+                                 params.patches);
   uint32_t state = shared_address(fragments);
   keep(biases), keep(state);
 

@@ -21,9 +21,10 @@ struct StateTraits {
 
   static constexpr __host__ __device__ int accumulator_bytes() { return (8 * kBlocks + 8) * 32 * 4; }
 
-  static constexpr __host__ __device__ int shared_bytes(int channels, int groups) {
+  static constexpr __host__ __device__ int shared_bytes(int channels, int groups, bool biased) {
     const int slices = channels / kSliceChannels;
-    const int tiles = 3 * groups * slices * kTileBytes;  // of K, and two stages of V
+    // Of K, two stages of V, and key_bias.
+    const int tiles = groups * slices * (3 * kTileBytes + (biased ? BiasTile::kBytes : 0));
     const int reduction = groups > 1 ? slices * accumulator_bytes() : 0;
     return ScaleTable::bytes(channels) + SliceGroup::shared_bytes(groups, slices) +
            (tiles > reduction ? tiles : reduction);
@@ -147,7 +148,7 @@ __global__ void __launch_bounds__(max_threads(kHeadDim))
   keep(end);
   const Window window(params.grid, blockIdx.y);
 
-  // Shared memory: the scale, the groups' exchange, tiles of K and two stages of V, each by warp.
+  // Shared memory: the scale, the groups' exchange, tiles of K, two stages of V and key_bias, each by warp.
   const ScaleTable table{shared, params.channels};
   unsigned char* exchange = shared + ScaleTable::bytes(params.channels);
   unsigned char* tiles = exchange + SliceGroup::shared_bytes(params.groups, slices);
@@ -162,6 +163,8 @@ __global__ void __launch_bounds__(max_threads(kHeadDim))
 
   // ---- K and V; tokens past the end repeat the last one, their K is made 0.
   const TileCopy copy(keys);
+  const BiasTile bias(params.focus.key_bias,
+                      shared_address(tiles) + 3 * stage_bytes + warp * BiasTile::kBytes, lane);
   int copied_values = stage_bytes;  // from the tile of K to where V is brought next
   const auto base = [&](const TokenArray& x) {
     return static_cast<const char*>(x.data) + window.image * x.image + slice * 64 + TileCopy::byte();
@@ -177,6 +180,7 @@ __global__ void __launch_bounds__(max_threads(kHeadDim))
     const char* const values_from[2] = {advance(value, token[0], value_bytes),
                                         advance(value, token[1], value_bytes)};
     copy.operator()<1>(values_from, copied_values);
+    bias.load(params.channels, slice * kSliceChannels, first + lane.g, end - 1, lane);
     copy_async_commit();
     copied_values = 3 * stage_bytes - copied_values;
   };
@@ -193,8 +197,6 @@ __global__ void __launch_bounds__(max_threads(kHeadDim))
     copy_async_wait<0>();
     __syncwarp();
     Words<1> k;
-    const LaneBias bias{params.focus.key_bias, params.channels, slice * kSliceChannels + 8 * lane.t,
-                        first + lane.g, end - 1};
     const float change = features.keys(k, bias, first + lane.g + 8 * lane.t < end, scale, own_keys);
     if (kNarrow<T> && change != 1.0f) sum.scale(change);
     unrolled<4>([&](auto r) { store_shared<r * 512>(own_keys, k[0][r]); });

@@ -28,14 +28,15 @@ constexpr int kNoSharedMemory = std::numeric_limits<int>::max();
 
 template <typename T, int kHeadDim, int kMode>
 struct Forward {
-  static int state_shared(int channels, int groups) {
-    return StateTraits<T, kHeadDim>::shared_bytes(channels, groups);
+  static int state_shared(int channels, int groups, bool biased) {
+    return StateTraits<T, kHeadDim>::shared_bytes(channels, groups, biased);
   }
 
   static cudaError_t state(const StateParams& params, int chunks, int windows, cudaStream_t stream) {
     const int threads = params.groups * params.channels / kSliceChannels * 32;
     return enqueue<forward_state<T, kHeadDim, kMode>>(
-        dim3(chunks, windows), threads, state_shared(params.channels, params.groups), params, stream);
+        dim3(chunks, windows), threads,
+        state_shared(params.channels, params.groups, params.focus.key_bias.data != nullptr), params, stream);
   }
 
   static int output_shared(int taps, int channels, int patches, bool per_channel) {

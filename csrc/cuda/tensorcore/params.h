@@ -142,7 +142,7 @@ struct WindowParams {
 /// The forward kernels of one element type, head dimension and mode (3, the paper's, or kRuntimeMode); one
 /// unit each (units.txt).
 struct ForwardKernels {
-  int (*state_shared)(int channels, int groups);
+  int (*state_shared)(int channels, int groups, bool biased);
   cudaError_t (*state)(const StateParams& params, int chunks, int windows, cudaStream_t stream);
   int (*output_shared)(int taps, int channels, int patches, bool per_channel);
   cudaError_t (*output)(const OutputParams& params, int taps, dim3 grid, cudaStream_t stream);

@@ -7,7 +7,9 @@
 
 #include "../choose.h"
 #include "../workspace.h"
+#include "costs.h"
 #include "params.h"
+#include "schedule.h"
 
 namespace flatten::cuda::tensorcore {
 
@@ -154,53 +156,90 @@ inline bool are_small_windows(std::int64_t tokens, std::int64_t windows) {
   return tokens <= kMostTokens && (tokens <= kFewTokens || windows >= kManyWindows);
 }
 
-/// Into how many blocks to cut each of `pieces` equal pieces of work, `steps` steps long: the fewest of those
-/// that are done first, where a multiprocessor works on one block at a time.
-inline int blocks_of(int steps, std::int64_t pieces, const Device& device) {
-  const int most = std::min(ceil_div(device.multiprocessors, pieces), steps);
-  int best = 1;
-  std::int64_t least = kMany;
-  for (int blocks = 1; blocks <= most; ++blocks) {
-    const std::int64_t waves = ceil_div(pieces * blocks, device.multiprocessors);
-    const std::int64_t time = waves * ceil_div(steps, blocks);
-    if (time < least) least = time, best = blocks;
-  }
-  return best;
+/// The most parts worth trying: several blocks for each that the device holds.
+inline std::int64_t most_parts(std::int64_t pieces, const Device& device) {
+  constexpr std::int64_t kResident = 32;
+  return std::max<std::int64_t>(1, kResident * device.multiprocessors / pieces);
 }
 
-/// Chunks of a window's tokens for `groups` groups of warps: few, since every one costs a partial state.
+/// How a window's tokens are cut into chunks, a block's each: `groups` groups of its warps take 32 tokens a
+/// step each.
 struct Chunks {
-  int groups, chunk, chunks;
-  Chunks(int tokens, int windows, int max_groups, const Device& device) {
-    groups = std::min(std::max(1, max_groups), ceil_div(tokens, kTileTokens));
-    const int step = groups * kTileTokens;
-    const int steps = ceil_div(tokens, step);
-    chunk = ceil_div(steps, blocks_of(steps, windows, device)) * step;
-    chunks = ceil_div(tokens, chunk);
+  int groups = 1, chunk = 0, chunks = 0;
+
+  /// Of `windows` windows of `tokens` tokens, each of which leaves a state. shared(groups): of a block, in
+  /// bytes.
+  template <class Shared>
+  Chunks(int tokens, std::int64_t windows, int channels, std::int64_t state_elements, int most_threads,
+         const KernelCost& cost, const Device& device, Shared shared) {
+    // What more chunks and groups cost beside: a launch that adds the chunks' sums, the traffic of these, and
+    // at a block's end one exchange for each further group.
+    constexpr double kSum = 5000, kExchange = 500, kBytesPerCycle = 14;  // the last of one multiprocessor
+    const auto sums = [&](int parts) {
+      const double bytes = 2.0 * windows * parts * state_elements * sizeof(float);
+      return parts > 1 ? kSum + bytes / device.multiprocessors / kBytesPerCycle : 0.0;
+    };
+    double least = INFINITY;
+    for (int count = std::max(1, most_threads / channels); count > 0; --count) {
+      if (count > ceil_div(tokens, kTileTokens)) continue;
+      const int steps = ceil_div(tokens, count * kTileTokens);
+      for_each_cut(steps, most_parts(windows, device), [&](int parts, int each) {
+        const LaunchShape shape{channels * count, shared(count), windows * parts, each,
+                                static_cast<double>(ceil_div(tokens, kTileTokens)) / (parts * each * count)};
+        const double time = cycles(cost, shape, device) + sums(parts) + (count - 1) * kExchange;
+        if (time < least) least = time, groups = count, chunk = each * count * kTileTokens, chunks = parts;
+      });
+    }
+    if (chunks == 0) groups = 1, chunk = tokens, chunks = 1;  // nothing fits: the caller refuses it
   }
 };
 
-/// Strips of a window, as wide as `fits(patches)` allows, and runs of rows: few, since every one reads a
-/// state and a halo.
+/// How a window is cut into strips of columns, `patches` patches wide, and these into runs of rows: a block's
+/// each.
 struct Strips {
-  int patches, strips, rows, runs;
-  template <typename Fits>
-  Strips(const WindowGrid& grid, int windows, const Device& device, Fits fits) {
-    patches = grid.window_w <= kPatchColumns ? 1 : kMaxPatches;
-    while (patches > 1 && !fits(patches)) --patches;
-    strips = ceil_div(grid.window_w, patches * kPatchColumns);
-    const int steps = ceil_div(grid.window_h, kStepRows);
-    rows = ceil_div(steps, blocks_of(steps, std::int64_t{strips} * windows, device)) * kStepRows;
-    runs = ceil_div(grid.window_h, rows);
+  int patches = 1, strips = 0, rows = 0, runs = 0;
+
+  /// Of `windows` windows. threads(patches), shared(patches): of a block; shapes with more threads than
+  /// `most_threads` are left out.
+  template <class Threads, class Shared>
+  Strips(const WindowGrid& grid, std::int64_t windows, int most_threads, const KernelCost& cost,
+         const Device& device, Threads threads, Shared shared) {
+    const int steps = ceil_div(grid.window_h, kStepRows), columns = ceil_div(grid.window_w, kPatchColumns);
+    double least = INFINITY;
+    for (int count = std::min(kMaxPatches, columns); count > 0; --count) {
+      if (threads(count) > most_threads) continue;
+      const int across = ceil_div(columns, count);
+      for_each_cut(steps, most_parts(across * windows, device), [&](int parts, int each) {
+        const LaunchShape shape{threads(count), shared(count), across * windows * parts, each,
+                                static_cast<double>(columns * steps) / (across * count * parts * each)};
+        const double time = cycles(cost, shape, device);
+        if (time < least)
+          least = time, patches = count, strips = across, rows = each * kStepRows, runs = parts;
+      });
+    }
+    if (runs == 0) strips = columns, rows = steps * kStepRows, runs = 1;  // nothing fits, as above
   }
 };
 
-/// The state kernel's parameters, but for where its sums go.
-StateParams state_params_of(const AttentionInputs& params, const WindowGrid& keys, const Chunks& chunks);
+/// The kernels of a call's element type, head dimension and power.
+const ForwardKernels* forward_kernels_of(const AttentionInputs& inputs);
 
-/// S and m of every window alone, one block each, for a backward pass that was not given them: where windows
-/// are small.
-cudaError_t launch_state(const AttentionInputs& params, float* state, const Device& device,
-                         cudaStream_t stream);
+/// S and m of all windows, by parts that a second launch adds up.
+class StateLaunch {
+ public:
+  StateLaunch(const AttentionInputs& inputs, const Device& device);
+  /// Where S and m go; takes memory for the parts.
+  void place(float* state, Workspace& workspace);
+  cudaError_t launch(cudaStream_t stream) const;
+  int shared_bytes() const { return shared_bytes_; }
+
+ private:
+  const ForwardKernels* kernels_;
+  Chunks chunks_;
+  StateParams params_;
+  std::int64_t images_, windows_, size_;  // windows of an image; elements of a state
+  int shared_bytes_;
+  float* state_ = nullptr;
+};
 
 }  // namespace flatten::cuda::tensorcore

@@ -95,9 +95,12 @@ __device__ __forceinline__ uint32_t above_zero(uint32_t x) {
   return mask;
 }
 
-template <typename T, typename Sums, typename Product>
-__device__ __forceinline__ void gradient_of_cubes(uint32_t (&x)[4][4], const float* inverse_scale, float eps,
+/// Bias: LaneBias, or NoBias where no positional encoding was added to the inputs.
+template <typename T, typename Bias, typename Sums, typename Product>
+__device__ __forceinline__ void gradient_of_cubes(uint32_t (&x)[4][4], const Bias& bias,
+                                                  const float* inverse_scale, float eps,
                                                   const RowTerms& terms, Sums& scale_sums, Product r) {
+  constexpr bool kBiased = std::is_same_v<Bias, LaneBias>;
   float gain[4];
 #pragma unroll
   for (int row = 0; row < 4; ++row) gain[row] = 3.0f * terms.gain[row];
@@ -110,8 +113,14 @@ __device__ __forceinline__ void gradient_of_cubes(uint32_t (&x)[4][4], const flo
     float2 sums = scale_sums.template get<w>();
 #pragma unroll
     for (int row = 0; row < 4; ++row) {
-      const uint32_t positive = Pair<T>::relu(x[row][w]);
-      const float2 input = Pair<T>::unpack(positive);
+      [[maybe_unused]] uint32_t positive = 0;
+      float2 input;
+      if constexpr (kBiased) {
+        input = add_bias<T>(Pair<T>::unpack(x[row][w]), bias, 0, row, 2 * w);
+      } else {
+        positive = Pair<T>::relu(x[row][w]);
+        input = Pair<T>::unpack(positive);
+      }
       const auto gradient = [&](float y, float r_value, float& sum) {
         const float rest = fmaf(-terms.power[row], y * y * y, r_value);
         const float dy = y * fmaf(y * rest, gain[row], terms.linear[row]);
@@ -119,9 +128,14 @@ __device__ __forceinline__ void gradient_of_cubes(uint32_t (&x)[4][4], const flo
         return dy;
       };
       const float* pair = &d[row / 2][row % 2 * 2];
-      const float low = gradient(fmaf(input.x, a.x, b.x), pair[0], sums.x);
-      const float high = gradient(fmaf(input.y, a.y, b.y), pair[1], sums.y);
-      x[row][w] = Pair<T>::pack(low * a.x, high * a.y) & above_zero(positive);
+      const auto y = [&](float value, float a, float b) { return fmaf(kBiased ? relu(value) : value, a, b); };
+      const float low = gradient(y(input.x, a.x, b.x), pair[0], sums.x) * a.x;
+      const float high = gradient(y(input.y, a.y, b.y), pair[1], sums.y) * a.y;
+      if constexpr (kBiased) {  // NaN is not below zero, and handed on
+        x[row][w] = Pair<T>::pack(input.x <= 0.0f ? 0.0f : low, input.y <= 0.0f ? 0.0f : high);
+      } else {
+        x[row][w] = Pair<T>::pack(low, high) & above_zero(positive);
+      }
     }
     scale_sums.template set<w>(sums);
   });
@@ -166,8 +180,12 @@ template <typename T, bool kCubes, typename Sums, typename Product>
 __device__ __forceinline__ void gradient_rows(uint32_t (&x)[4][4], const LaneBias& bias,
                                               const float* inverse_scale, const FocusParams& params,
                                               RowTerms& terms, Sums& scale_sums, Product r) {
-  if (kCubes && params.mode == 3 && !terms.prescaled && !bias.bias.data) {
-    gradient_of_cubes<T>(x, inverse_scale, params.eps, terms, scale_sums, r);
+  if (kCubes && params.mode == 3 && !terms.prescaled) {
+    if (bias.bias.data) {
+      gradient_of_cubes<T>(x, bias, inverse_scale, params.eps, terms, scale_sums, r);
+    } else {
+      gradient_of_cubes<T>(x, NoBias{}, inverse_scale, params.eps, terms, scale_sums, r);
+    }
   } else {
     terms.load_prescale();
     gradient_of_powers<T>(x, bias, inverse_scale, params, terms, scale_sums, r);

@@ -32,12 +32,33 @@ struct TapTable {
   static __device__ __forceinline__ void load(unsigned char* table, const Floats& weight, const Floats& bias,
                                               int rows, int period) {
     uint32_t* words = reinterpret_cast<uint32_t*>(table);
-    const int lane = threadIdx.x % 32;
-    for (int c = threadIdx.x / 32; c < rows; c += blockDim.x / 32) {
-      for (int tap = lane; tap < kVectors * 4; tap += 32) {
-        const int from = kMirrored ? kTaps * kTaps - 1 - tap : tap;
-        const float w = tap < kTaps * kTaps ? element<T>(weight, c % period * kTaps * kTaps + from) : 0.0f;
-        words[c * kVectors * 4 + tap] = c % 2 ? Pair<T>::pack(0.0f, w) : Pair<T>::pack(w, 0.0f);
+    // Several rows at a time, or small blocks would wait for one load after another.
+    constexpr int kAtOnce = 8;
+    const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    for (int tap = lane; tap < kVectors * 4; tap += 32) {
+      const int from = kMirrored ? kTaps * kTaps - 1 - tap : tap;
+      const bool used = tap < kTaps * kTaps;
+      for (int first = threadIdx.x / 32; first < rows; first += kAtOnce * warps) {
+        float w[kAtOnce];
+        const auto row = [&](int i) { return first + i * warps; };
+        const auto fetch = [&](const auto* weights) {
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) {
+            const bool inside = used && row(i) < rows;
+            w[i] = inside ? static_cast<float>(weights[row(i) % period * kTaps * kTaps + from]) : 0.0f;
+          }
+        };
+        if (weight.half) {
+          fetch(static_cast<const T*>(weight.data));
+        } else {
+          fetch(static_cast<const float*>(weight.data));
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (row(i) >= rows) continue;
+          words[row(i) * kVectors * 4 + tap] =
+              row(i) % 2 ? Pair<T>::pack(0.0f, w[i]) : Pair<T>::pack(w[i], 0.0f);
+        }
       }
     }
     for (int i = threadIdx.x; i < kZeros / 4; i += blockDim.x) words[rows * kVectors * 4 + i] = 0;
