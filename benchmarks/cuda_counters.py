@@ -163,25 +163,7 @@ def row(call: dict, name: str, launches: list[dict]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-REMAINING = """\
-## What tensor cores do not do
-
-`benchmarks/cuda_coverage.py` lists the models' calls and users' options, and says which kernels take them. By
-the planning code, none of the published models' calls is on general kernels on an H100, B200, A100, L40S,
-RTX 4090, RTX 5090, A10 or A6000, at batches of 1 to 2048, at 224 and 384 pixels, in both half types and
-directions. `FLATTEN_LOG=1` says why a call is:
-
-- float32 and float64: their products on tensor cores would round the inputs to fewer digits;
-- heads of more than 128 channels or of no multiple of 8: rows would not be whole 16-byte vectors;
-- tensors whose rows are not aligned to 16 bytes, for the same reason;
-- the general form (feature maps, rotation, key weights, gates, values of a width of their own): not written
-  yet;
-- taps so large that the weights, a head's matrix and the pixels around four rows do not fit a block's shared
-  memory: 9 x 9 with heads of more than 64 channels where it has 99 KB.
-
-The sums that end a backward pass (`general::sum_parameters`) are no products. `depthwise_conv` alone is
-general.
-"""
+HAND_WRITTEN = "<!-- Written by hand from here on; what is above is made by benchmarks/cuda_counters.py. -->"
 
 
 def report(calls: list[dict], commands: list[str]) -> str:
@@ -230,7 +212,16 @@ def report(calls: list[dict], commands: list[str]) -> str:
                 name = f"{call['shape']} | `{kernel}` | {launch['blocks']} x {launch['threads']} | "
                 name += f"{launch['shared_bytes'] / 1024:.1f}"
                 lines.append(row(call, name, [launch]))
-    return "\n".join([*lines, "", *REMAINING.splitlines()]) + "\n"
+    return "\n".join(lines) + "\n"
+
+
+def write(text: str, page: Path | None) -> None:
+    """To the page, whose hand-written end stays; to the terminal where there is none."""
+    if page is None:
+        print(text)
+        return
+    _, mark, rest = (page.read_text() if page.exists() else "").partition(HAND_WRITTEN)
+    page.write_text(f"{text}\n{mark}{rest}" if mark else text)
 
 
 # ------------------------------------------------------------------------------------------------- main
@@ -258,8 +249,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.report:
         runs = [json.loads(path.read_text()) for path in args.report]
-        text = report([c for run in runs for c in run["calls"]], [run["command"] for run in runs])
-        print(text) if args.output is None else args.output.write_text(text)
+        write(report([c for run in runs for c in run["calls"]], [run["command"] for run in runs]), args.output)
         return
     if args.stats is None:
         with tempfile.TemporaryDirectory() as folder:
@@ -287,8 +277,7 @@ def main() -> None:
     command = " ".join(["python", "benchmarks/cuda_counters.py", *asked])
     if args.json:
         args.json.write_text(json.dumps({"command": command, "calls": calls}, indent=1) + "\n")
-    text = report(calls, [command])
-    print(text) if args.output is None else args.output.write_text(text)
+    write(report(calls, [command]), args.output)
 
 
 if __name__ == "__main__":
