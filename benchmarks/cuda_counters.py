@@ -249,7 +249,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.report:
         runs = [json.loads(path.read_text()) for path in args.report]
-        write(report([c for run in runs for c in run["calls"]], [run["command"] for run in runs]), args.output)
+        write(
+            report([c for run in runs for c in run["calls"]], [run["command"] for run in runs]), args.output
+        )
         return
     if args.stats is None:
         with tempfile.TemporaryDirectory() as folder:

@@ -3,9 +3,9 @@
     python benchmarks/cuda_coverage.py                                      # on a GPU
     cudaemu --cc 8.6 -- python benchmarks/cuda_coverage.py --shapes PVT     # under the CUDA emulator
 
-Every call is made forward and backward, with every gradient asked for and in half precision, at batch 1 and 64:
-kernels are chosen by the shape of an image, the GPU's shared memory and, for small windows, their number. The
-calls are those of the published models at 224 and at 384 pixels, and of options that users have: spatial
+Every call is made forward and backward, with every gradient asked for and in half precision, at batch 1 and
+64: kernels are chosen by the shape of an image, the GPU's shared memory and, for small windows, their number.
+The calls are those of the published models at 224 and at 384 pixels, and of options that users have: spatial
 reduction of keys (PVT), more channels, heads of other widths, other taps, powers and per-channel taps. Under
 the emulator no kernel runs to its end: what is asked for has been logged by then, so that this takes seconds.
 """
@@ -96,7 +96,9 @@ def make_calls(calls: list[Call], dtypes: list[str]) -> None:
         tokens = call.prefix + call.size[0] * call.size[1]
         keys = call.keys or tokens
         window = call.window or (keys, 1)
-        images = [empty(1, n, call.channels, dtype=getattr(torch, dtype)) for n in (tokens, keys, keys, tokens)]
+        images = [
+            empty(1, n, call.channels, dtype=getattr(torch, dtype)) for n in (tokens, keys, keys, tokens)
+        ]
         q, k, v, grad_out = (image.expand(batch, -1, -1) for image in images)
         weight = bias = size = None
         if call.keys is None:

@@ -174,10 +174,11 @@ struct Chunks {
          const KernelCost& cost, const Device& device, Shared shared) {
     // What more chunks and groups cost beside: a launch that adds the chunks' sums, the traffic of these, and
     // at a block's end one exchange for each further group.
-    constexpr double kSum = 5000, kExchange = 500, kBytesPerCycle = 14;  // the last of one multiprocessor
+    constexpr double kSum = 4000, kSumOfPart = 100, kExchange = 500;
+    constexpr double kBytesPerCycle = 14;  // of one multiprocessor
     const auto sums = [&](int parts) {
       const double bytes = 2.0 * windows * parts * state_elements * sizeof(float);
-      return parts > 1 ? kSum + bytes / device.multiprocessors / kBytesPerCycle : 0.0;
+      return parts > 1 ? kSum + parts * kSumOfPart + bytes / device.multiprocessors / kBytesPerCycle : 0.0;
     };
     double least = INFINITY;
     for (int count = std::max(1, most_threads / channels); count > 0; --count) {
