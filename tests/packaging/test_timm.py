@@ -132,8 +132,24 @@ def brisk(name: str, function: str = "") -> Any:
     return pytest.param(function, name, marks=pytest.mark.slow if slow else ())
 
 
+# PolaFormer-PVT keeps the norm of its public models that no forward applies, so that every entry of their
+# checkpoints has its place; these ask every parameter for a gradient. tests/models/test_contract.py asks all
+# but that norm.
+WANT_ALL_GRADIENTS = (
+    "test_model_backward",
+    "test_model_backward_fx",
+    "test_prune_intermediate_layers_params_used",
+)
+
+
 @pytest.mark.parametrize(
-    ("function", "name"), [brisk(name, function) for name in SMALLEST + OTHERS for function in ON_SMALLEST]
+    ("function", "name"),
+    [
+        brisk(name, function)
+        for name in SMALLEST + OTHERS
+        for function in ON_SMALLEST
+        if not (name == "pola_pvt_tiny" and function in WANT_ALL_GRADIENTS)
+    ],
 )
 def test_on_the_smallest(theirs: ModuleType, function: str, name: str) -> None:
     getattr(theirs, function)(name, *ON_SMALLEST[function])
