@@ -50,8 +50,7 @@ def tables_of(summary: Mapping[str, Any]) -> list[Table]:
     for problem, inputs in summary["inputs"].items():
         rows = {row["variant"]: row for row in summary["variants"] if row["model"] == problem}
         table = Table(
-            f"{problem[0].upper()}{problem[1:]}: PSNR in dB on held-out photographs after "
-            f"{budget['steps']} steps",
+            f"PSNR of {problem} on held-out photographs, dB, after {budget['steps']} steps",
             [
                 "attention",
                 f"{side} px crops",
@@ -61,7 +60,7 @@ def tables_of(summary: Mapping[str, Any]) -> list[Table]:
                 "parameters",
             ],
             note=f"Mean ± standard deviation over the seeds; differences are those within a seed. "
-            f"The networks were trained on crops of {side} px. {machine_line(summary)}",
+            f"The networks were trained on crops of {side} px. {machine_line(summary)}.",
         )
         given = inputs["psnr"]
         name = "the noisy input" if problem == "denoising" else "bicubic enlargement"
