@@ -173,7 +173,8 @@ flatten::Taps taps(const Shape& s, Stored& x) {
 void set_inputs(const Shape& s, Dtype dtype, Stored& x, flatten::AttentionInputs& to) {
   to.dtype = dtype;
   to.geometry = geometry(s);
-  to.mapping = {s.focused ? flatten::FeatureMap::kFocused : flatten::FeatureMap::kNone, s.focusing_factor, parameter(x.scale), parameter(x.key_bias)};
+  to.mapping = {s.focused ? flatten::FeatureMap::kFocused : flatten::FeatureMap::kNone, s.focusing_factor,
+                parameter(x.scale), parameter(x.key_bias)};
   to.eps = s.eps;
   to.taps = taps(s, x);
   to.query = x.q;
@@ -300,19 +301,6 @@ double tolerance(Dtype dtype) {
       return 6e-4;
     case Dtype::kBFloat16:
       return 5e-3;
-  }
-  std::abort();
-}
-const char* name(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::kFloat64:
-      return "float64";
-    case Dtype::kFloat32:
-      return "float32";
-    case Dtype::kFloat16:
-      return "float16";
-    case Dtype::kBFloat16:
-      return "bfloat16";
   }
   std::abort();
 }
