@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flatten_ext.tools.bench.seeds_chart import Runs, draw_seeds
 from flatten_ext.tools.bench.tables import Table, machine_line
-from flatten_ext.tools.style import FAINT, INK, figure, save
+from flatten_ext.tools.style import FAINT
 
 __all__ = ["draw", "tables_of"]
 
@@ -74,35 +75,17 @@ def tables_of(summary: Mapping[str, Any]) -> list[Table]:
 
 def draw(summary: Mapping[str, Any], path: Path) -> None:
     """Dots: every run's accuracy, a bar at the mean; one panel for each model."""
-    models = list(dict.fromkeys(row["model"] for row in summary["variants"]))
-    variants = list(dict.fromkeys(row["variant"] for row in summary["variants"]))
-    made, panels = figure(
-        max(8, 5.2 * len(models) + 1.5), 0.36 * len(variants) + 1.5, len(models), sharey=True
+    panels: dict[str, dict[str, Runs]] = {}
+    for row in summary["variants"]:
+        runs, mean = [100 * run["accuracy"] for run in row["runs"]], 100 * row["accuracy_mean"]
+        made = Runs(runs, mean, f"{mean:.1f}", _family_color(row["variant"]))
+        panels.setdefault(row["model"], {})[row["variant"]] = made
+    draw_seeds(
+        panels,
+        list(dict.fromkeys(row["variant"] for row in summary["variants"])),
+        path,
+        title="A small, fixed budget: who learns fastest (dots: seeds, bars: means)",
+        label="test accuracy, %",
+        width=max(8, 5.2 * len(panels) + 1.5),
+        margin=0.12,
     )
-    for axes, model in zip(panels, models, strict=True):
-        for row in summary["variants"]:
-            if row["model"] != model:
-                continue
-            y, color = variants.index(row["variant"]), _family_color(row["variant"])
-            runs = [100 * run["accuracy"] for run in row["runs"]]
-            mean = 100 * row["accuracy_mean"]
-            axes.plot(runs, [y] * len(runs), "o", color=color, alpha=0.4, markersize=6, markeredgewidth=0)
-            axes.plot([mean, mean], [y - 0.3, y + 0.3], color=color, linewidth=2.5)
-            axes.annotate(
-                f"{mean:.1f}", (max(runs), y), (7, 0), textcoords="offset points", va="center", color=color
-            )
-        axes.set_title(model, loc="left", fontsize=11, color=INK)
-        axes.set_xlabel("test accuracy, %", color=FAINT)
-        axes.grid(axis="y", visible=False)
-        axes.margins(x=0.12)
-    panels[0].set_yticks(range(len(variants)), variants, color=INK)
-    panels[0].invert_yaxis()
-    made.suptitle(
-        "A small, fixed budget: who learns fastest (dots: seeds, bars: means)",
-        x=0.01,
-        ha="left",
-        fontsize=13,
-        fontweight="bold",
-        color=INK,
-    )
-    save(made, path)

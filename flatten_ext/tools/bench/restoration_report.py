@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from flatten_ext.extras import require
+from flatten_ext.tools.bench.seeds_chart import Runs, draw_seeds
 from flatten_ext.tools.bench.tables import Table, machine_line
-from flatten_ext.tools.style import FAINT, INK, PAPER, color_of, figure, save
+from flatten_ext.tools.style import INK, PAPER, color_of, save
 
 __all__ = ["draw", "draw_examples", "paired", "tables_of"]
 
@@ -82,32 +83,20 @@ def tables_of(summary: Mapping[str, Any]) -> list[Table]:
 
 def draw(summary: Mapping[str, Any], path: Path) -> None:
     """Dots: every run's PSNR, a bar at the mean; one panel for each problem."""
-    problems = list(summary["inputs"])
-    variants = list(dict.fromkeys(row["variant"] for row in summary["variants"]))
-    made, panels = figure(11, 0.36 * len(variants) + 1.5, len(problems), sharey=True)
-    for axes, problem in zip(panels, problems, strict=True):
-        for row in summary["variants"]:
-            if row["model"] != problem:
-                continue
-            y, color, runs = (
-                variants.index(row["variant"]),
-                _COLORS.get(row["variant"], "#d9822b"),
-                _psnr(row),
-            )
-            mean = statistics.mean(runs)
-            axes.plot(runs, [y] * len(runs), "o", color=color, alpha=0.4, markersize=6, markeredgewidth=0)
-            axes.plot([mean, mean], [y - 0.3, y + 0.3], color=color, linewidth=2.5)
-            look = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "color": color}
-            axes.annotate(f"{mean:.2f}", (max(runs), y), **look)
-        axes.set_title(problem, loc="left", fontsize=11, color=INK)
-        axes.set_xlabel("PSNR on held-out photographs, dB", color=FAINT)
-        axes.grid(axis="y", visible=False)
-        axes.margins(x=0.14)
-    panels[0].set_yticks(range(len(variants)), variants, color=INK)
-    panels[0].invert_yaxis()
-    title = "Restoration at equal parameters, a small fixed budget (dots: seeds, bars: means)"
-    made.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
-    save(made, path)
+    panels: dict[str, dict[str, Runs]] = {problem: {} for problem in summary["inputs"]}
+    for row in summary["variants"]:
+        runs, color = _psnr(row), _COLORS.get(row["variant"], "#d9822b")
+        mean = statistics.mean(runs)
+        panels[row["model"]][row["variant"]] = Runs(runs, mean, f"{mean:.2f}", color)
+    draw_seeds(
+        panels,
+        list(dict.fromkeys(row["variant"] for row in summary["variants"])),
+        path,
+        title="Restoration at equal parameters, a small fixed budget (dots: seeds, bars: means)",
+        label="PSNR on held-out photographs, dB",
+        width=11,
+        margin=0.14,
+    )
 
 
 def draw_examples(summary: Mapping[str, Any], path: Path) -> None:
